@@ -1,0 +1,1 @@
+"""`hbm demo`: the whole system on one machine, live view, summary and report."""

@@ -1,0 +1,1 @@
+"""Workloads: scenarios, traces and the open-loop load generator."""

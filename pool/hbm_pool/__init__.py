@@ -1,0 +1,1 @@
+"""One arena of HBM for two caches. `import hbm_pool` never imports torch."""

@@ -1,0 +1,1 @@
+"""Ingress proxy that knows which pod holds which user."""

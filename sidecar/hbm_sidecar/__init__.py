@@ -1,0 +1,1 @@
+"""The sidecar: a supervisor and its three processes (decide, twin, admin)."""
