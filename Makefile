@@ -1,0 +1,43 @@
+# `make help` lists the targets.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+export NUMBA_CACHE_DIR ?= $(HOME)/.cache/hbm-partition/numba
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types imports unit bench clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## virtual environment with the pinned set
+$(STAMP): pyproject.toml constraints/py311.txt
+	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 (set PYTHON=...)"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints/py311.txt -e '.[dev]'
+	touch $@
+
+demo: install ## the whole system on this machine, under load, in a few minutes
+	$(BIN)/hbm demo $(ARGS)
+
+test: lint types imports unit ## lint, types, import contracts and all tests
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+imports: install
+	$(BIN)/lint-imports
+
+unit: install
+	$(BIN)/pytest -n 2 $(ARGS)
+
+bench: install ## all benchmarks of this machine, as JSON under out/bench
+	$(BIN)/hbm bench all --out out/bench
+
+clean: ## remove what a build or a demo leaves behind (not the environment)
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
