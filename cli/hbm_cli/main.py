@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import EntryPoint, entry_points, version
+from typing import Annotated, Any
 
-import click
-from typer.main import get_command
+import typer
+from typer.core import TyperGroup
 
 _GROUP = "hbm.commands"
 _SHORT_HELP = {
@@ -21,41 +22,67 @@ _SHORT_HELP = {
 }
 
 
-class _Commands(click.Group):
-    """A click group whose commands stay unimported until one is used."""
+class _Commands(TyperGroup):
+    """A group whose commands stay unimported until one is used."""
 
     def _registered(self) -> dict[str, EntryPoint]:
         return {point.name: point for point in entry_points(group=_GROUP)}
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return sorted(self._registered())
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         point = self._registered().get(cmd_name)
         if point is None:
             return None
         try:
-            loaded = point.load()
+            command = typer.main.get_command(point.load())
         except ImportError as error:
             package = point.module.split(".")[0]
-            raise click.ClickException(
-                f"`hbm {cmd_name}` needs more than is installed ({error}). "
-                f"Install the extra of {package}, for example: pip install 'hbm-partition[demo]'"
-            ) from error
-        command = get_command(loaded)
+            typer.echo(
+                f"hbm {cmd_name}: {package} cannot be loaded here ({error}). Install its extra, "
+                "for example: pip install 'hbm-partition[demo]'",
+                err=True,
+            )
+            raise typer.Exit(2) from error
         command.name = cmd_name
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         rows = [(name, _SHORT_HELP.get(name, "")) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
 
-@click.command(cls=_Commands, name="hbm", context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version("hbm-partition"), prog_name="hbm")
-def main() -> None:
+app = typer.Typer(
+    cls=_Commands,
+    name="hbm",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hbm {version('hbm-partition')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version.")
+    ] = False,
+) -> None:
     """One GPU memory pool, two caches: embedding rows and per-user KV pages, split online."""
+
+
+def main() -> None:
+    """Entry point of the `hbm` command."""
+    app()
 
 
 if __name__ == "__main__":

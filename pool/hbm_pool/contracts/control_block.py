@@ -5,8 +5,8 @@ owner, read-only by the peer. A region has one writer thread.
 
 | region | writer -> reader | class here |
 |---|---|---|
-| info, telemetry, requests (ring), residency (ring + snapshot) | server -> sidecar | `ServerBlock` -> `ServerView` |
-| command, decisions (ring) | decide -> server, admin | `SidecarBlock` -> `SidecarView` |
-| intent, snapshot request | admin -> decide, server | `SidecarBlock` -> `SidecarView` |
-| curves | twin -> decide | `SidecarBlock` -> `SidecarView` |
+| info, telemetry, requests ring, residency ring + snapshot | server -> all of the sidecar | `Server…` |
+| command, decision ring | decide -> server, admin | `Sidecar…` |
+| intent, snapshot request | admin -> decide, server | `Sidecar…` |
+| curves | twin -> decide | `Sidecar…` |
 """

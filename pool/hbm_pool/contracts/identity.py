@@ -21,7 +21,8 @@ _MASK64: Final = (1 << 64) - 1
 
 def user_hash(user_id: str | bytes) -> int:
     """XXH3-64 of the user's name as a signed 64-bit integer (the `user_ids` of every API)."""
-    value = xxhash.xxh3_64_intdigest(user_id)
+    raw = user_id.encode() if isinstance(user_id, str) else user_id
+    value: int = xxhash.xxh3_64_intdigest(raw)
     return value - (1 << 64) if value >> 63 else value
 
 
