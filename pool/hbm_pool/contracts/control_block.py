@@ -5,7 +5,7 @@ owner, read-only by the peer. A region has one writer thread.
 
 | region | writer -> reader | class here |
 |---|---|---|
-| info, telemetry, requests ring, residency ring + snapshot | server -> all of the sidecar | `Server…` |
+| info, telemetry, requests ring, residency ring + snapshot | server -> sidecar | `Server…` |
 | command, decision ring | decide -> server, admin | `Sidecar…` |
 | intent, snapshot request | admin -> decide, server | `Sidecar…` |
 | curves | twin -> decide | `Sidecar…` |
