@@ -192,6 +192,17 @@ class RowClass:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class TableMap:
+    """An embedding table as the twin must know it: which row of it an item looks up."""
+
+    name: str
+    rows: int
+    class_index: int
+    hashed: bool
+    """`history.table_rows`: False for the item table itself, True for a hashed side feature."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What does not change while a server lives. Stored as JSON in the info region."""
 
@@ -202,6 +213,9 @@ class ServerInfo:
     page_tokens: int
     pages_per_extent: int
     max_sequence_tokens: int
+    drop_block_tokens: int
+    """Histories longer than `max_sequence_tokens` lose whole blocks of this length."""
+    tables: tuple[TableMap, ...]
     classes: tuple[RowClass, ...]
     cost_model: CostModel
     sample_rate: float
