@@ -69,6 +69,7 @@ TELEMETRY: Final = np.dtype(
         ("latency_n", "<u8"),
         ("queue_depth", "<i8"),
         ("queue_ms", "<f8"),  # moving average of the time a request waits
+        ("draining", "<i8"),  # 1 while the server finishes what it has and takes nothing new
         # KV.
         ("kv_lookups", "<u8"),
         ("kv_hits", "<u8"),  # lookups that reused at least one page
