@@ -15,6 +15,10 @@ REQUEST_ID: Final = "x-request-id"
 DEADLINE_MS: Final = "x-hbm-deadline-ms"
 """Latency budget of this request; nodes that would miss it are skipped, a server may refuse it."""
 
+TOP_SHARDS: Final = "x-hbm-top-shards"
+"""EMB shards that hold most of this user's rows, most first: `3,17,4`. Optional, in a request or a
+response; the router's `weighted` policy compares it with the coverage in each node's digest."""
+
 # Response, set by the model server: the router checks itself against these.
 KV_REUSED_TOKENS: Final = "x-hbm-kv-reused-tokens"
 """History tokens whose KV was found in the cache (0 on a miss)."""
