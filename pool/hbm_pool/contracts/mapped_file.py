@@ -131,8 +131,8 @@ class MappedFile:
         if status.st_blocks * 512 < status.st_size:
             # Touching a hole may need a page that the file system does not have: SIGBUS.
             raise ControlBlockMismatch(
-                f"{path} is sparse ({status.st_blocks * 512} of {status.st_size} bytes backed): its "
-                "space was never reserved, or its file system does not reserve (use a "
+                f"{path} is sparse ({status.st_blocks * 512} of {status.st_size} bytes backed): "
+                "its space was never reserved, or its file system does not reserve (use a "
                 "memory-backed run directory); remove it and restart its owner"
             )
         self._identity = (status.st_dev, status.st_ino)
