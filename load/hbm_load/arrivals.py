@@ -61,8 +61,9 @@ def _modulation(
 def _swing(parameters: list[Arrivals], times_s: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     amplitude = np.array([each.swing for each in parameters])
     phase = 2 * math.pi * times_s / np.array([each.swing_period_s for each in parameters])
-    factor = 1.0 + amplitude * (np.sin(phase) + 0.5 * np.sin(2 * phase))
-    return np.clip(factor, 0.0, None)
+    factor: npt.NDArray[np.float64] = 1.0 + amplitude * (np.sin(phase) + 0.5 * np.sin(2 * phase))
+    factor[factor < 0.0] = 0.0
+    return factor
 
 
 def _flashes(

@@ -14,7 +14,7 @@ from hbm_load.errors import ScenarioError
 from hbm_load.histories import DrawnHistories
 from hbm_load.popularity import RankedItems, ZipfMandelbrot
 from hbm_load.scenario import Arrivals, Regime, Scenario, Step, blend
-from hbm_load.trace import Trace
+from hbm_load.trace import Trace, earlier_sum
 
 START_UNIX_S: Final = 1_700_000_000
 """Unix time at which every generated trace begins: a constant, so that traces are repeatable."""
@@ -226,7 +226,7 @@ def _assemble(scenario: Scenario, seed: int, clock: _Clock, keys: npt.NDArray[np
         regime=clock.regime,
         settled=clock.settled,
         user=user,
-        history_length=first_length[user] + _earlier_sum(user, growth),
+        history_length=first_length[user] + earlier_sum(user, growth),
         query_time=seen_s,
         candidate_offsets=np.concatenate([[0], np.cumsum(per_request)]).astype(np.int64),
         candidates=np.concatenate(candidates),
@@ -255,18 +255,6 @@ def _number_users(
     rank = np.empty(len(unique), dtype=np.int64)
     rank[by_time] = np.arange(len(unique))
     return unique[by_time], first[by_time].astype(np.int64), rank[inverse]
-
-
-def _earlier_sum(
-    user: npt.NDArray[np.int64], growth: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """What each request's user has added in earlier requests, `[n] int64`."""
-    order = np.argsort(user, kind="stable")
-    running = np.cumsum(growth[order]) - growth[order]
-    starts = np.searchsorted(user[order], np.arange(int(user.max()) + 1))
-    earlier = np.empty(len(user), dtype=np.int64)
-    earlier[order] = running - running[starts][user[order]]
-    return earlier
 
 
 class _Lookups:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from hbm_pool.contracts.history import first_kept_token
 from hbm_pool.contracts.identity import user_hash
 
 from hbm_load.histories import Events, Histories
@@ -45,6 +46,9 @@ class Trace:
     candidate_offsets: npt.NDArray[np.int64]  # [n + 1] into candidates
     candidates: npt.NDArray[np.int64]
     histories: Histories
+    history_limit: int = 4096
+    """Longest history that is sent; of a longer one whole blocks are left out at the start."""
+    history_block: int = 1024
 
     def __len__(self) -> int:
         return len(self.time_s)
@@ -60,7 +64,10 @@ class Trace:
 
     def history(self, index: int) -> Events:
         """History of request `index`, as its user has it at that moment."""
-        return self.histories.events(int(self.user[index]), int(self.history_length[index]))
+        length = int(self.history_length[index])
+        events = self.histories.events(int(self.user[index]), length)
+        start = first_kept_token(length, self.history_limit, self.history_block)
+        return Events(events.items[start:], events.timestamps[start:])
 
     def request(self, index: int) -> TraceRequest:
         """Everything about request `index`."""
@@ -94,6 +101,22 @@ class Trace:
             candidates=self.candidates[starts + np.arange(len(starts))],
         )
 
+    def compressed(self, duration_s: float, max_rate_per_s: float) -> Trace:
+        """The leading requests, replayed within `duration_s` at no more than a mean rate.
+
+        For logs, whose own clock may span days; gaps keep their proportions.
+        """
+        if not (duration_s > 0.0 and max_rate_per_s > 0.0):
+            raise ValueError(
+                f"duration {duration_s} s and rate {max_rate_per_s}/s must both be above 0"
+            )
+        kept = np.arange(min(len(self), max(1, int(duration_s * max_rate_per_s))), dtype=np.int64)
+        part = self.subset(kept)
+        # One mean gap after the last request, so that the rate is the one asked for.
+        span = float(part.time_s[-1] - part.time_s[0]) * (len(part) + 1) / len(part)
+        scale = duration_s / span if span > 0.0 else 0.0
+        return dataclasses.replace(part, time_s=(part.time_s - part.time_s[0]) * scale)
+
     def fingerprint(self) -> str:
         """Hash of all columns and of a sample of histories: equal traces, equal hash."""
         digest = xxhash.xxh3_64()
@@ -114,3 +137,18 @@ class Trace:
             digest.update(np.ascontiguousarray(history.items).tobytes())
             digest.update(np.ascontiguousarray(history.timestamps).tobytes())
         return digest.hexdigest()
+
+
+def earlier_sum(
+    user: npt.NDArray[np.int64], amount: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Per request the sum of `amount` over the same user's earlier requests, `[n] int64`.
+
+    `user` holds indices from 0 on.
+    """
+    order = np.argsort(user, kind="stable")
+    running = np.cumsum(amount[order]) - amount[order]
+    starts = np.searchsorted(user[order], np.arange(int(user.max(initial=-1)) + 1))
+    earlier = np.empty(len(user), dtype=np.int64)
+    earlier[order] = running - running[starts][user[order]]
+    return earlier

@@ -1,0 +1,374 @@
+"""A user's own access log (time, user, items; CSV or Parquet) as a trace.
+
+A line that cannot be used is left out, counted, and the first few are quoted with their number.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hbm_load.errors import LogError
+from hbm_load.histories import StoredHistories
+from hbm_load.trace import Trace, earlier_sum
+
+TimeUnit = Literal["auto", "s", "ms", "us", "ns"]
+
+_UNIT_S = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_QUOTED = 10
+_MAX_LINE_BYTES = 4 << 20
+_MAX_ITEMS_PER_LINE = 100_000
+_LATEST_UNIX_S = 2.0**42
+
+
+class LogColumns(NamedTuple):
+    """Names of the columns of a log, and how its time is written."""
+
+    time: str = "time"
+    """Number (`time_unit`) or ISO 8601 text; text without a zone is UTC."""
+    user: str = "user"
+    items: str = "items"
+    """One item, or several: separated by spaces, `|`, `;` or `,`, or a JSON (Parquet: any) list."""
+    time_unit: TimeUnit = "auto"
+    """`auto` tells s, ms, us and ns apart by their size (Unix times after 1973)."""
+
+
+DEFAULT_COLUMNS = LogColumns()
+
+
+class LogReport(NamedTuple):
+    """What became of the lines."""
+
+    lines: int
+    rejected: int
+    quoted: tuple[str, ...]
+    """`line 17: …` for the first rejected ones."""
+    first_visits: int
+    """Accepted lines that only start a user's history: there is nothing to rank for them yet."""
+    folded_items: int
+    """Distinct items beyond the catalogue; they share rows with others."""
+
+
+class LogTrace(NamedTuple):
+    trace: Trace
+    report: LogReport
+
+
+class _Rejected(Exception):
+    """Why a line is left out."""
+
+
+class _Visit(NamedTuple):
+    time_s: float
+    user: str
+    items: tuple[str, ...]
+
+
+def read_log(
+    path: Path,
+    columns: LogColumns = DEFAULT_COLUMNS,
+    *,
+    catalogue: int | None = None,
+    candidates: int = 64,
+    parts: int = 3,
+    seed: int = 0,
+) -> LogTrace:
+    """Reads a log; the file name ends with .csv, .csv.gz, .tsv or .parquet.
+
+    A line is one visit: its items are ranked among `candidates` in all, the others being drawn
+    from the log by their frequency, and then join the user's history. Items are numbered by first
+    appearance, modulo `catalogue`. The trace is cut into `parts` of equal length, its regimes.
+
+    Raises `LogError` when the file cannot be read, a column is missing, or more than half of the
+    lines are rejected.
+    """
+    if candidates < 1 or parts < 1:
+        raise LogError(f"candidates {candidates} and parts {parts} must be at least 1")
+    visits: list[_Visit] = []
+    quoted: list[str] = []
+    lines = rejected = 0
+    rows = _parquet_rows if path.suffix == ".parquet" else _text_rows
+    try:
+        for number, row in rows(path, columns):
+            lines += 1
+            try:
+                if isinstance(row, _Rejected):
+                    raise row
+                visits.append(_visit(row, columns.time_unit))
+            except _Rejected as reason:
+                rejected += 1
+                if len(quoted) < _QUOTED:
+                    quoted.append(f"line {number}: {reason}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise LogError(f"{path}: cannot be read ({error}); is it a complete file?") from error
+    if not visits:
+        first = f"; {quoted[0]}" if quoted else ""
+        raise LogError(f"{path}: no usable line among {lines}{first}")
+    if rejected * 2 > lines:
+        raise LogError(
+            f"{path}: {rejected} of {lines} lines cannot be used; {quoted[0]}. Correct the file or "
+            "name its columns"
+        )
+    trace, first_visits, folded = _trace(path.stem, visits, catalogue, candidates, parts, seed)
+    return LogTrace(trace, LogReport(lines, rejected, tuple(quoted), first_visits, folded))
+
+
+def _trace(
+    name: str, visits: list[_Visit], catalogue: int | None, candidates: int, parts: int, seed: int
+) -> tuple[Trace, int, int]:
+    visits.sort(key=lambda visit: visit.time_s)
+    names: dict[str, int] = {}
+    numbers: dict[str, int] = {}
+    user = np.array([names.setdefault(visit.user, len(names)) for visit in visits], dtype=np.int64)
+    flat = np.array(
+        [numbers.setdefault(item, len(numbers)) for visit in visits for item in visit.items],
+        dtype=np.int64,
+    )
+    size = len(numbers) if catalogue is None else catalogue
+    flat %= size
+    counts = np.array([len(visit.items) for visit in visits], dtype=np.int64)
+    time_s = np.array([visit.time_s for visit in visits])
+    seconds = np.floor(time_s).astype(np.int64)
+
+    owner = np.repeat(user, counts)
+    by_user = np.argsort(owner, kind="stable")
+    histories = StoredHistories(
+        names=tuple(names),
+        offsets=np.searchsorted(owner[by_user], np.arange(len(names) + 1)).astype(np.int64),
+        items=flat[by_user],
+        timestamps=np.repeat(seconds, counts)[by_user],
+    )
+    length = earlier_sum(user, counts)
+    asked = np.nonzero(length > 0)[0]
+    if len(asked) == 0:
+        raise LogError(
+            f"{name}: no user appears twice, so no request has a history; the log is too short"
+        )
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    rows = _candidates(flat, starts, counts, asked, candidates, np.random.default_rng([seed, 4]))
+    position = np.arange(len(asked)) * parts / len(asked)
+    trace = Trace(
+        name=name,
+        seed=seed,
+        catalogue=size,
+        labels=tuple(f"part-{part + 1}" for part in range(parts)),
+        time_s=time_s[asked] - time_s[asked[0]],
+        regime=position.astype(np.int16),
+        settled=position % 1.0 >= 0.5,
+        user=user[asked],
+        history_length=length[asked],
+        query_time=seconds[asked],
+        candidate_offsets=np.arange(len(asked) + 1, dtype=np.int64) * candidates,
+        candidates=rows.reshape(-1),
+        histories=histories,
+    )
+    return trace, len(visits) - len(asked), max(0, len(numbers) - size)
+
+
+def _candidates(
+    flat: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    counts: npt.NDArray[np.int64],
+    asked: npt.NDArray[np.intp],
+    candidates: int,
+    random: np.random.Generator,
+) -> npt.NDArray[np.int64]:
+    """The visit's own items first, then others by their frequency in the log, `[n, candidates]`."""
+    rows = flat[random.integers(0, len(flat), (len(asked), candidates))]
+    for row, visit in enumerate(asked):
+        own = flat[starts[visit] : starts[visit] + min(int(counts[visit]), candidates)]
+        rows[row, : len(own)] = own
+    return rows
+
+
+def _text_rows(
+    path: Path, columns: LogColumns
+) -> Iterator[tuple[int, tuple[Any, Any, Any] | _Rejected]]:
+    """(line number, raw values or why not) of each line after the header."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    with opened(path, "rb") as stream:
+        lines = enumerate(_bounded_lines(stream), start=1)
+        _, first = next(lines, (1, b""))
+        header = _split_line(first.removeprefix(b"\xef\xbb\xbf"), delimiter)
+        if isinstance(header, _Rejected):
+            raise LogError(f"{path}: line 1: {header}; it must name the columns")
+        header = [field.strip() for field in header]
+        wanted = (columns.time, columns.user, columns.items)
+        missing = [name for name in wanted if name not in header]
+        if missing:
+            raise LogError(
+                f"{path}: line 1 has no column {missing[0]!r} (it has: {', '.join(header)[:200]}); "
+                "name the columns of time, user and items"
+            )
+        places = [header.index(name) for name in wanted]
+        for number, line in lines:
+            if not line.strip():
+                continue
+            fields = _split_line(line, delimiter)
+            if isinstance(fields, list):
+                if len(fields) != len(header):
+                    yield number, _Rejected(f"has {len(fields)} fields, the header {len(header)}")
+                else:
+                    yield number, (fields[places[0]], fields[places[1]], fields[places[2]])
+            else:
+                yield number, fields
+
+
+def _bounded_lines(stream: io.BufferedIOBase | gzip.GzipFile | Any) -> Iterator[bytes]:
+    """Lines of at most `_MAX_LINE_BYTES`; the rest of a longer one is skipped."""
+    while line := stream.readline(_MAX_LINE_BYTES):
+        yield line
+        while len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = stream.readline(_MAX_LINE_BYTES)
+            if not line:
+                break
+
+
+def _split_line(line: bytes, delimiter: str) -> list[str] | _Rejected:
+    """Fields of one line. A quoted field must end on its line, so that one bad quote costs one
+    line and not the rest of the file."""
+    if len(line) == _MAX_LINE_BYTES:
+        return _Rejected(f"is longer than {_MAX_LINE_BYTES} bytes")
+    try:
+        text = line.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        return _Rejected(f"is not UTF-8 at byte {error.start}")
+    if "\0" in text:
+        return _Rejected("holds a NUL byte")
+    csv.field_size_limit(_MAX_LINE_BYTES)
+    try:
+        return next(csv.reader([text], delimiter=delimiter, strict=True), [])
+    except (csv.Error, StopIteration) as error:
+        return _Rejected(f"is not CSV ({error})")
+
+
+def _parquet_rows(
+    path: Path, columns: LogColumns
+) -> Iterator[tuple[int, tuple[Any, Any, Any] | _Rejected]]:
+    """(row number from 1, raw values)."""
+    import pyarrow
+    import pyarrow.parquet
+
+    wanted = [columns.time, columns.user, columns.items]
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            missing = [name for name in wanted if name not in names]
+            if missing:
+                raise LogError(
+                    f"{path}: has no column {missing[0]!r} (it has: {', '.join(names)[:200]}); "
+                    "name the columns of time, user and items"
+                )
+            number = 0
+            for batch in file.iter_batches(columns=wanted):
+                values = [batch.column(name).to_pylist() for name in wanted]
+                for row in zip(*values, strict=True):
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise LogError(f"{path}: not a readable Parquet file ({reason})") from error
+
+
+def _visit(row: tuple[Any, Any, Any], unit: TimeUnit) -> _Visit:
+    time, user, items = row
+    return _Visit(_seconds(time, unit), _user(user), _items(items))
+
+
+def _seconds(value: Any, unit: TimeUnit) -> float:
+    """Unix seconds of a number or a date."""
+    written = value
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            value = float(text)
+        except ValueError:
+            try:
+                value = datetime.fromisoformat(text)
+            except ValueError:
+                raise _Rejected(
+                    f"time is {_short(value)}, neither a number nor an ISO 8601 date"
+                ) from None
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    if isinstance(value, datetime):
+        zoned = value if value.tzinfo else value.replace(tzinfo=UTC)
+        seconds = (zoned - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds()
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = _scaled(float(value), unit)
+    else:
+        raise _Rejected(f"time is {_short(value)}, neither a number nor a date")
+    if not 0.0 <= seconds <= _LATEST_UNIX_S:
+        raise _Rejected(f"time is {_short(written)}; it must be a Unix time from 0 on")
+    return seconds
+
+
+def _scaled(value: float, unit: TimeUnit) -> float:
+    if not math.isfinite(value):
+        raise _Rejected(f"time is {value}")
+    if unit != "auto":
+        return value * _UNIT_S[unit]
+    for name, least in (("ns", 1e17), ("us", 1e14), ("ms", 1e11)):
+        if value >= least:
+            return value * _UNIT_S[name]
+    return value
+
+
+def _user(value: Any) -> str:
+    if value is None or isinstance(value, float | list | dict | bool):
+        raise _Rejected(f"user is {_short(value)}; it must be text or a whole number")
+    try:
+        text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
+        size = len(text.strip().encode("utf-8"))
+    except UnicodeError:
+        raise _Rejected("user is not UTF-8 text") from None
+    if not 1 <= size <= 256:
+        raise _Rejected(f"user has {size} bytes; 1 to 256 are possible")
+    if not text.isprintable():
+        raise _Rejected(f"user is {_short(text)}; it must be printable to go into a header")
+    return text.strip()
+
+
+def _items(value: Any) -> tuple[str, ...]:
+    parts: list[Any]
+    if isinstance(value, str):
+        text = value.strip()
+        if text.startswith("["):
+            try:
+                parsed = json.loads(text)
+            except (ValueError, RecursionError):
+                raise _Rejected(f"items is {_short(text)}, not a JSON list") from None
+            parts = parsed if isinstance(parsed, list) else [parsed]
+        else:
+            for mark in "|;,":
+                text = text.replace(mark, " ")
+            parts = list(text.split())
+    elif isinstance(value, list):
+        parts = value
+    else:
+        parts = [value]
+    if not parts:
+        raise _Rejected("items is empty")
+    if len(parts) > _MAX_ITEMS_PER_LINE:
+        raise _Rejected(f"items has {len(parts)} entries, more than {_MAX_ITEMS_PER_LINE}")
+    for part in parts:
+        if not isinstance(part, int | str) or isinstance(part, bool) or part == "":
+            raise _Rejected(f"items holds {_short(part)}; each must be text or a whole number")
+    return tuple(str(part) for part in parts)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
