@@ -255,6 +255,11 @@ def decode_digest(blob: bytes) -> Digest:
     )
 
 
+def digest_crc(blob: bytes) -> int:
+    """The CRC-32 in the head of an encoded digest: what `NodeState.digest_crc` repeats."""
+    return int.from_bytes(blob[_DIGEST.size : _DIGEST_HEAD_BYTES], "little")
+
+
 class NodeStateError(Exception):
     """A node's hash that cannot be used; the message names the field."""
 
