@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from hbm_pool.contracts.records import MAX_CLASSES
-from hbm_pool.host.plan import choose_extent_bytes, extents_for_tokens, stored_row_bytes
+from hbm_pool.host.extent_size import choose_extent_bytes, extents_for_tokens, stored_row_bytes
 
 Dtype = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "int8"]
 DTYPE_BYTES: Final = {
@@ -84,8 +84,8 @@ class WidthClass:
     """Rows of these tables together."""
 
 
-class PoolConfig(BaseModel):
-    """Everything a pool needs to know. Immutable; `model_copy(update=…)` does not re-check."""
+class PoolShape(BaseModel):
+    """How many bytes, cut how, for which tables and KV: what does not depend on α."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -95,29 +95,13 @@ class PoolConfig(BaseModel):
     """None: chosen by `plan_memory`."""
     tables: Annotated[tuple[TableSpec, ...], Field(min_length=1, max_length=1 << 16)]
     kv: KVSpec
-    alpha: Alpha = 0.5
-    alpha_min: Alpha = 0.1
-    alpha_max: Alpha = 0.9
-    max_batch_users: Annotated[int, Field(ge=1)]
-    """Users of one batch: with `max_sequence_tokens` the most KV one batch can pin."""
     max_sequence_tokens: Annotated[int, Field(ge=1)]
     """Longest history whose KV is kept."""
-    link_bytes_per_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    """Makes host-to-device copies on CPU cost what they cost on this link; None: no model."""
-    refill_bytes_per_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
-    """Budget of the refiller until told otherwise; 0: it rests."""
-    slice_budget_us: Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)] = 100.0
-    """Time one slice of a planned move may take at a batch boundary."""
-    max_kv_row_lag_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 300.0
-    """How long KV computed from older row values is reused after rows were pushed; 0: never."""
-    kv_eviction: Literal["tail", "whole"] = "tail"
-    """What the coldest user loses when room is needed: the tail of the history, or all of it."""
 
     @model_validator(mode="after")
-    def _check(self) -> PoolConfig:
+    def _check_shape(self) -> PoolShape:
         self._check_tables()
         self._check_sizes()
-        self._check_bounds()
         return self
 
     def _check_tables(self) -> None:
@@ -163,6 +147,78 @@ class PoolConfig(BaseModel):
                 "lower max_sequence_tokens"
             )
 
+    @cached_property
+    def bytes_per_extent(self) -> int:
+        """`extent_bytes`, or the size chosen where it is None."""
+        if self.extent_bytes is not None:
+            return self.extent_bytes
+        return choose_extent_bytes(
+            self.kv.page_tokens, self.kv.token_bytes, [table.row_bytes for table in self.tables]
+        )
+
+    @cached_property
+    def num_extents(self) -> int:
+        """Whole extents in the pool."""
+        return self.pool_bytes // self.bytes_per_extent
+
+    @cached_property
+    def pages_per_extent(self) -> int:
+        """KV pages of one extent."""
+        return self.bytes_per_extent // self.kv.page_bytes
+
+    @cached_property
+    def extents_per_user(self) -> int:
+        """KV extents of a history of `max_sequence_tokens`."""
+        return extents_for_tokens(
+            self.max_sequence_tokens, self.kv.page_tokens, self.pages_per_extent
+        )
+
+    @cached_property
+    def classes(self) -> tuple[WidthClass, ...]:
+        """Width classes in the order in which the tables name them."""
+        kinds = list(dict.fromkeys((table.width, table.dtype) for table in self.tables))
+        classes = []
+        for width, dtype in kinds:
+            members = [i for i, t in enumerate(self.tables) if (t.width, t.dtype) == (width, dtype)]
+            itemsize = DTYPE_BYTES[dtype]
+            row_bytes = stored_row_bytes(width * itemsize, itemsize, self.bytes_per_extent)
+            classes.append(
+                WidthClass(
+                    width=width,
+                    dtype=dtype,
+                    row_bytes=row_bytes,
+                    rows_per_extent=self.bytes_per_extent // row_bytes,
+                    tables=tuple(members),
+                    catalogue_rows=sum(self.tables[i].rows for i in members),
+                )
+            )
+        return tuple(classes)
+
+
+class PoolConfig(PoolShape):
+    """Everything a pool needs to know. Immutable; `model_copy(update=…)` does not re-check."""
+
+    alpha: Alpha = 0.5
+    alpha_min: Alpha = 0.1
+    alpha_max: Alpha = 0.9
+    max_batch_users: Annotated[int, Field(ge=1)]
+    """Users of one batch: with `max_sequence_tokens` the most KV one batch can pin."""
+    link_bytes_per_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    """Makes host-to-device copies on CPU cost what they cost on this link; None: no model."""
+    refill_bytes_per_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """Budget of the refiller until told otherwise; 0: it rests."""
+    slice_budget_us: Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)] = 100.0
+    """Time one slice of a planned move may take at a batch boundary."""
+    max_kv_row_lag_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 300.0
+    """How long KV computed from older row values is reused after rows were pushed; 0: never."""
+    kv_eviction: Literal["tail", "whole"] = "tail"
+    """What the coldest user loses when room is needed: the tail of the history, or all of it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PoolConfig:
+        self._check_bounds()
+        return self
+
     def _check_bounds(self) -> None:
         if not self.alpha_min <= self.alpha <= self.alpha_max:
             raise ValueError(
@@ -204,32 +260,6 @@ class PoolConfig(BaseModel):
         return total * self.bytes_per_extent
 
     @cached_property
-    def bytes_per_extent(self) -> int:
-        """`extent_bytes`, or the size chosen where it is None."""
-        if self.extent_bytes is not None:
-            return self.extent_bytes
-        return choose_extent_bytes(
-            self.kv.page_tokens, self.kv.token_bytes, [table.row_bytes for table in self.tables]
-        )
-
-    @cached_property
-    def num_extents(self) -> int:
-        """Whole extents in the pool."""
-        return self.pool_bytes // self.bytes_per_extent
-
-    @cached_property
-    def pages_per_extent(self) -> int:
-        """KV pages of one extent."""
-        return self.bytes_per_extent // self.kv.page_bytes
-
-    @cached_property
-    def extents_per_user(self) -> int:
-        """KV extents of a history of `max_sequence_tokens`."""
-        return extents_for_tokens(
-            self.max_sequence_tokens, self.kv.page_tokens, self.pages_per_extent
-        )
-
-    @cached_property
     def min_emb_extents(self) -> int:
         """EMB extents at `alpha_min`, rounded up."""
         return math.ceil(self.alpha_min * self.num_extents - _EPSILON)
@@ -238,27 +268,6 @@ class PoolConfig(BaseModel):
     def max_emb_extents(self) -> int:
         """EMB extents at `alpha_max`, rounded down."""
         return math.floor(self.alpha_max * self.num_extents + _EPSILON)
-
-    @cached_property
-    def classes(self) -> tuple[WidthClass, ...]:
-        """Width classes in the order in which the tables name them."""
-        kinds = list(dict.fromkeys((table.width, table.dtype) for table in self.tables))
-        classes = []
-        for width, dtype in kinds:
-            members = [i for i, t in enumerate(self.tables) if (t.width, t.dtype) == (width, dtype)]
-            itemsize = DTYPE_BYTES[dtype]
-            row_bytes = stored_row_bytes(width * itemsize, itemsize, self.bytes_per_extent)
-            classes.append(
-                WidthClass(
-                    width=width,
-                    dtype=dtype,
-                    row_bytes=row_bytes,
-                    rows_per_extent=self.bytes_per_extent // row_bytes,
-                    tables=tuple(members),
-                    catalogue_rows=sum(self.tables[i].rows for i in members),
-                )
-            )
-        return tuple(classes)
 
     def emb_extents(self, alpha: float) -> int:
         """EMB extents for an α, rounded and kept within the bounds."""

@@ -105,9 +105,10 @@ class KVHandle:
         """Pages of the whole history, `[num_pages] int32`."""
         if self._page_ids is None:
             per_extent = self._index.pages_per_extent
-            starts: npt.NDArray[np.int32] = np.array(self._extents, dtype=np.int32)
-            starts *= per_extent
-            pages = starts[:, None] + np.arange(per_extent, dtype=np.int32)
+            extents = np.array(self._extents, dtype=np.int32)
+            pages = np.repeat(extents, per_extent).reshape(-1, per_extent)
+            pages *= per_extent
+            pages += np.arange(per_extent, dtype=np.int32)
             self._page_ids = pages.ravel()[: self.num_pages]
         return self._page_ids
 
