@@ -1,0 +1,475 @@
+"""Which node gets a request. Pure but for the state passed in: clock and generator are arguments.
+
+| policy | rule |
+|---|---|
+| `cost_ms` | least cost in ms (`cost`); near ties: a holder, else the hash home, else two choices |
+| `weighted` | best w_kv·h_kv + w_emb·h_emb + w_ld·(1 − load); is it over 0.85 full, least loaded |
+| `chwbl` | hash home of the user within bounded load; anonymous requests: two choices |
+| `least_load` | least queue + own requests, in ms; without heartbeats fewest requests in flight |
+| `p2c` | of two random nodes the one with fewer requests in flight |
+| `round_robin` | one after the other |
+
+`cost_ms` and `weighted` need what nodes say about themselves; when nothing of it can be believed
+any more they fall back to `chwbl` (`why=stale`, or `why=hash` where there never was any).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import numpy as np
+from hbm_pool.contracts.identity import digest_key
+
+from hbm_router import wire
+from hbm_router.config import Policy, RouterSettings
+from hbm_router.cost import CostTable, Trust, computed_ms, saved_ms
+from hbm_router.fleet import Fleet, Node, Ticket
+from hbm_router.memory import SpeculativeResidency
+from hbm_router.outlier import OutlierDetector
+from hbm_router.snapshot import Snapshot
+from hbm_router.wire import Refusal
+
+REFRESH_S: Final = 0.02
+"""Trust falls slowly: its arrays are good for this long."""
+SPECULATIVE_HIT: Final = 0.95
+"""P(hit) where a user was just sent: the request before may have failed or been served uncached."""
+_INF: Final = float("inf")
+
+
+class Facts(NamedTuple):
+    """What is known about a request without reading its body."""
+
+    user: int | None
+    """Signed 64-bit user hash; `None` for an anonymous request."""
+    history_tokens: int
+    candidates: int
+    source: str
+    deadline_ms: float | None = None
+    shards: tuple[int, ...] = ()
+
+
+class Choice(NamedTuple):
+    """Where a request goes, and why."""
+
+    node: Node
+    est_ms: float | None
+    """Expected cost there, queue included; `None` where nothing is known."""
+    work_ms: float
+    """The part of it that occupies the node."""
+    hit_probability: float
+    kv: str
+    why: str
+    source: str
+
+    def header_lines(self, *, retried: bool) -> bytes:
+        """X-HBM-Node and X-HBM-Decision, ready to be sent."""
+        est = "" if self.est_ms is None else f"est_ms={self.est_ms:.1f};"
+        retry = ";retry=1" if retried else ""
+        return (
+            f"{_NODE}: {self.node.name}\r\n"
+            f"{_DECISION}: kv={self.kv};{est}why={self.why};source={self.source}{retry}\r\n"
+        ).encode()
+
+
+_NODE: Final = wire.NODE.decode()
+_DECISION: Final = wire.DECISION.decode()
+
+
+class NodeCost(NamedTuple):
+    """One node's line in an explanation."""
+
+    name: str
+    usable: bool
+    cost_ms: float | None
+    queue_ms: float
+    own_ms: float
+    hit_probability: float
+    cached_tokens: int
+    trust: float
+    inflight: int
+    score: float | None
+
+
+class Chooser:
+    """Chooses nodes of a fleet; lives on the data path's event loop."""
+
+    def __init__(
+        self,
+        settings: RouterSettings,
+        fleet: Fleet,
+        outlier: OutlierDetector,
+        speculation: SpeculativeResidency,
+        clock: Callable[[], float],
+        rng: random.Random,
+    ) -> None:
+        self._settings = settings
+        self._policy = settings.policy
+        self._fleet = fleet
+        self._outlier = outlier
+        self._speculation = speculation
+        self._clock = clock
+        self._rng = rng
+        self._trust = Trust(settings.fresh_s, settings.half_life_s, settings.expire_s)
+        self._turn = 0
+        self.mean_service_ms = 1.0
+        """Moving average of what servers report: the work of a request where nothing is known."""
+        self.informed = False
+        """Whether anything the nodes said is still believed."""
+        self._open: list[bool] = []
+        self._open_list: list[int] = []
+        self._base = np.zeros(0)
+        self._arrays_for: tuple[object, int] = (None, -1)
+        self._take(CostTable(Snapshot(fleet.names, {}), self._trust))
+
+    # -- state
+
+    def use(self, table: CostTable) -> None:
+        """Takes over a new snapshot's table; its names must be those of the fleet."""
+        if table.snapshot.names != self._fleet.names:
+            views = {
+                name: view
+                for name, view in zip(table.snapshot.names, table.snapshot.views, strict=True)
+                if view is not None
+            }
+            table = CostTable(Snapshot(self._fleet.names, views), self._trust)
+        before = self._heard
+        self._take(table)
+        for node in self._fleet.nodes:
+            heard_s = float(table.heard_s[node.index])
+            if heard_s > -_INF and before.get(node.name) != heard_s:
+                node.heard()
+
+    def table(self, snapshot: Snapshot) -> CostTable:
+        """Builds the table of a snapshot; may run in another thread."""
+        return CostTable(snapshot, self._trust)
+
+    def fleet_changed(self) -> None:
+        """The list of nodes is another one: what is known of those that stayed is kept."""
+        self.use(self._table)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The snapshot in use."""
+        return self._table.snapshot
+
+    def _take(self, table: CostTable) -> None:
+        self._table = table
+        self._snapshot = table.snapshot
+        self._heard = dict(zip(table.snapshot.names, table.heard_s.tolist(), strict=True))
+        count = len(table.snapshot.names)
+        self._own = np.zeros(count)
+        self._total = np.empty(count)
+        self._scratch = np.empty(count)
+        self._token_list: list[float] = table.token_ms.tolist()
+        self._context_list: list[float] = table.context_ms.tolist()
+        self._fixed_list: list[float] = table.fixed_ms.tolist()
+        self._load_trust = [0.0] * count
+        self._kv_trust = [0.0] * count
+        self._queue_list = [0.0] * count
+        self._arrays_until_s = -_INF
+
+    def _refresh(self, now_s: float) -> None:
+        """Brings trust, health and load up to date."""
+        usable = self._outlier.usable(now_s)
+        table = self._table
+        self._load_trust = table.load_trust(now_s).tolist()
+        self._kv_trust = table.residency_trust(now_s).tolist()
+        open_nodes = [ok and not drain for ok, drain in zip(usable, table.draining, strict=True)]
+        if not any(open_nodes):
+            open_nodes = list(usable)
+        self._open = open_nodes
+        self._open_list = [index for index, is_open in enumerate(open_nodes) if is_open]
+        trust = np.array(self._load_trust)
+        self._base = table.fixed_ms + trust * table.queue_ms
+        self._base[~np.array(open_nodes, dtype=np.bool_)] = _INF
+        self._queue_list = (trust * table.queue_ms).tolist()
+        self.informed = bool((trust > 0.0).any())
+        for node in self._fleet.nodes:
+            self.touch(node)
+        self._arrays_for = (table, self._outlier.version)
+        self._arrays_until_s = now_s + REFRESH_S
+
+    def touch(self, node: Node) -> None:
+        """The node's requests in flight have changed."""
+        index = node.index
+        if 0 <= index < len(self._own):
+            self._own[index] = node.inflight_ms - self._load_trust[index] * node.before_ms
+
+    def admit(self, choice: Choice) -> Ticket:
+        """Counts a request onto its node."""
+        ticket = self._fleet.admit(choice.node, choice.work_ms)
+        self.touch(choice.node)
+        return ticket
+
+    def release(self, ticket: Ticket) -> None:
+        """Takes it off again."""
+        self._fleet.release(ticket)
+        self.touch(ticket.node)
+
+    # -- choosing
+
+    def choose(self, facts: Facts, exclude: Node | None = None) -> Choice | Refusal:
+        """The node for a request; `exclude` names one that has just failed it."""
+        now_s = self._clock()
+        self._outlier.usable(now_s)
+        if now_s >= self._arrays_until_s or self._arrays_for != (
+            self._table,
+            self._outlier.version,
+        ):
+            self._refresh(now_s)
+        without = exclude.index if exclude is not None else -1
+        candidates = self._open_list
+        if without >= 0:
+            candidates = [index for index in candidates if index != without]
+        if not candidates:
+            return Refusal(503, "no_backends", "no backend is available", True, 1)
+        holders = self._holders(facts.user, now_s) if facts.user is not None else {}
+        if facts.source == "none" and holders:
+            facts = facts._replace(history_tokens=max(tokens for _, tokens in holders.values()))
+
+        policy = self._policy
+        if policy is Policy.COST_MS and self.informed:
+            index, why = self._least_cost(facts, holders, without)
+        elif policy is Policy.WEIGHTED and self.informed:
+            index, why = self._weighted(facts, holders, candidates)
+        elif policy is Policy.LEAST_LOAD:
+            index, why = self._least_loaded(candidates), "least_load"
+        elif policy is Policy.P2C:
+            index, why = self._two_choices(candidates), "p2c"
+        elif policy is Policy.ROUND_ROBIN:
+            self._turn += 1
+            index, why = candidates[self._turn % len(candidates)], "round_robin"
+        else:
+            index, why = self._by_hash(facts, candidates)
+        refusal = self._over_limits(facts, index, holders, candidates)
+        return refusal or self._choice(facts, holders, index, why)
+
+    def _holders(self, user: int | None, now_s: float) -> dict[int, tuple[float, int]]:
+        """Index -> (P(hit), cached tokens) of the nodes that may hold the user."""
+        if user is None:
+            return {}
+        nodes = self._fleet.nodes
+        key = digest_key(user)
+        found = {
+            index: (self._kv_trust[index] * nodes[index].kv_precision, tokens)
+            for index, tokens in self._snapshot.holders(key)
+        }
+        lately = self._speculation.get(key, now_s)
+        if lately is not None:
+            node = self._fleet.by_name.get(lately.node)
+            if node is not None:
+                probability, tokens = found.get(node.index, (0.0, 0))
+                found[node.index] = (
+                    max(probability, SPECULATIVE_HIT * node.kv_precision),
+                    max(tokens, lately.tokens),
+                )
+        return found
+
+    def _least_cost(
+        self, facts: Facts, holders: dict[int, tuple[float, int]], without: int
+    ) -> tuple[int, str]:
+        settings, table = self._settings, self._table
+        total, scratch = self._total, self._scratch
+        length, candidates = facts.history_tokens, facts.candidates
+        np.multiply(table.token_ms, length + candidates, out=total)
+        np.multiply(table.context_ms, length * (length / 2 + candidates), out=scratch)
+        total += scratch
+        total += self._base
+        total += self._own
+        for index, (probability, tokens) in holders.items():
+            cached = min(tokens, length)
+            total[index] -= probability * saved_ms(
+                self._token_list[index], self._context_list[index], cached
+            )
+        if without >= 0:
+            total[without] = _INF
+        best = int(total.argmin())
+        best_ms = float(total[best])
+        threshold = best_ms + max(settings.tie_ms, settings.tie_ratio * best_ms)
+        if facts.deadline_ms is not None and best_ms <= facts.deadline_ms < threshold:
+            threshold = facts.deadline_ms
+        ties: list[int] = (total <= threshold).nonzero()[0].tolist()
+        if len(ties) == 1:
+            return best, "cost"
+        if holders:
+            # A second copy of a user's KV costs every later request of others its room.
+            held = [index for index in ties if index in holders]
+            if held:
+                ties = held
+        elif facts.user is not None:
+            home = self._fleet.ring.home(facts.user)
+            if home in ties:
+                return home, "home"
+        if len(ties) == 1:
+            return ties[0], "cost"
+        return self._two_choices(ties), "tie"
+
+    def _weighted(
+        self, facts: Facts, holders: dict[int, tuple[float, int]], candidates: list[int]
+    ) -> tuple[int, str]:
+        """The rule of arXiv 2605.04450: unitless scores, for comparison."""
+        scores = {index: self._score(facts, holders, index) for index in candidates}
+        best = max(candidates, key=scores.__getitem__)
+        if self._load(best) > self._settings.weighted_spill_load:
+            return min(candidates, key=self._load), "spill"
+        return best, "weighted"
+
+    def _score(self, facts: Facts, holders: dict[int, tuple[float, int]], index: int) -> float:
+        settings = self._settings
+        probability, tokens = holders.get(index, (0.0, 0))
+        h_kv = probability * (
+            min(1.0, tokens / facts.history_tokens) if facts.history_tokens else 1
+        )
+        return (
+            settings.weight_kv * h_kv
+            + settings.weight_emb * self._covered(facts, index)
+            + settings.weight_load * (1.0 - self._load(index))
+        )
+
+    def _covered(self, facts: Facts, index: int) -> float:
+        """Resident share of the user's top shards; of all lookups where those are unknown."""
+        coverage = self._table.coverage[index]
+        view = self._snapshot.views[index]
+        if view is None:
+            return 0.0
+        if coverage is None or not facts.shards or len(coverage) == 0:
+            return 1.0 - view.state.emb_miss_ratio
+        inside = [shard for shard in facts.shards if shard < len(coverage)]
+        return float(coverage[inside].mean()) if inside else 0.0
+
+    def _load(self, index: int) -> float:
+        """Queue and own requests as a share of a full node, 0..1."""
+        return min(1.0, self._waiting_ms(index) / self._settings.weighted_full_ms)
+
+    def _waiting_ms(self, index: int) -> float:
+        return self._queue_list[index] + float(self._own[index])
+
+    def _least_loaded(self, candidates: list[int]) -> int:
+        nodes = self._fleet.nodes
+        if self.informed:
+            return min(candidates, key=lambda i: (self._waiting_ms(i), nodes[i].inflight))
+        fewest = min(nodes[index].inflight for index in candidates)
+        return self._rng.choice([i for i in candidates if nodes[i].inflight == fewest])
+
+    def _two_choices(self, candidates: list[int]) -> int:
+        """Power of two choices (Mitzenmacher 2001) on requests in flight."""
+        count = len(candidates)
+        if count == 1:
+            return candidates[0]
+        first = int(self._rng.random() * count)
+        second = int(self._rng.random() * (count - 1))
+        a, b = candidates[first], candidates[second + (second >= first)]
+        nodes = self._fleet.nodes
+        return a if nodes[a].inflight <= nodes[b].inflight else b
+
+    def _by_hash(self, facts: Facts, candidates: list[int]) -> tuple[int, str]:
+        if facts.user is None:
+            return self._two_choices(candidates), "p2c"
+        allowed = set(candidates)
+        placement = self._fleet.ring.place(
+            facts.user,
+            [node.inflight for node in self._fleet.nodes],
+            allowed.__contains__,
+            self._settings.bound,
+        )
+        assert placement is not None, "there is at least one candidate"
+        if placement.spilled:
+            return placement.node, "spill"
+        stale = self._policy is not Policy.CHWBL and bool(self._table.known.any())
+        return placement.node, "stale" if stale else "hash"
+
+    # -- results
+
+    def _over_limits(
+        self,
+        facts: Facts,
+        index: int,
+        holders: dict[int, tuple[float, int]],
+        candidates: list[int],
+    ) -> Refusal | None:
+        settings = self._settings
+        if settings.max_queue_ms and self.informed:
+            shortest = min(self._waiting_ms(candidate) for candidate in candidates)
+            if shortest > settings.max_queue_ms:
+                message = f"every backend would queue longer than {settings.max_queue_ms} ms"
+                return Refusal(429, "overload", message, True, 1)
+        if settings.shed_over_deadline and facts.deadline_ms is not None and self.informed:
+            least = min(self._cost(facts, holders, candidate) for candidate in candidates)
+            if least > facts.deadline_ms:
+                message = (
+                    f"the best backend would take {least:.1f} ms, "
+                    f"the deadline is {facts.deadline_ms:g} ms"
+                )
+                return Refusal(429, "deadline", message, True, 1)
+        return None
+
+    def _work(self, facts: Facts, holders: dict[int, tuple[float, int]], index: int) -> float:
+        """Expected ms that the request occupies the node."""
+        if not self.informed:
+            return self.mean_service_ms
+        token_ms, context_ms = self._token_list[index], self._context_list[index]
+        work = self._fixed_list[index] + computed_ms(
+            token_ms, context_ms, facts.history_tokens, facts.candidates
+        )
+        probability, tokens = holders.get(index, (0.0, 0))
+        return work - probability * saved_ms(
+            token_ms, context_ms, min(tokens, facts.history_tokens)
+        )
+
+    def _cost(self, facts: Facts, holders: dict[int, tuple[float, int]], index: int) -> float:
+        return self._work(facts, holders, index) + self._waiting_ms(index)
+
+    def _choice(
+        self, facts: Facts, holders: dict[int, tuple[float, int]], index: int, why: str
+    ) -> Choice:
+        work_ms = self._work(facts, holders, index)
+        probability, tokens = holders.get(index, (0.0, 0))
+        if facts.user is None:
+            kv = "none"
+        elif not self.informed and not holders:
+            kv = "unknown"
+        elif probability >= 0.5 and tokens >= self._table.page_tokens[index]:
+            kv = "hit"
+        else:
+            kv = "miss"
+        return Choice(
+            node=self._fleet.nodes[index],
+            est_ms=work_ms + self._waiting_ms(index) if self.informed else None,
+            work_ms=work_ms,
+            hit_probability=probability,
+            kv=kv,
+            why=why,
+            source=facts.source,
+        )
+
+    def explain(self, facts: Facts) -> list[NodeCost]:
+        """Every node's cost for a request, as the next `choose` would see it."""
+        now_s = self._clock()
+        self._refresh(now_s)
+        holders = self._holders(facts.user, now_s)
+        lines = []
+        for index, node in enumerate(self._fleet.nodes):
+            probability, tokens = holders.get(index, (0.0, 0))
+            lines.append(
+                NodeCost(
+                    name=node.name,
+                    usable=self._open[index],
+                    cost_ms=self._cost(facts, holders, index) if self.informed else None,
+                    queue_ms=self._queue_list[index],
+                    own_ms=float(self._own[index]),
+                    hit_probability=probability,
+                    cached_tokens=tokens,
+                    trust=self._load_trust[index],
+                    inflight=node.inflight,
+                    score=self._score(facts, holders, index)
+                    if self._policy is Policy.WEIGHTED and self.informed
+                    else None,
+                )
+            )
+        return lines
+
+    def trust_of(self, index: int) -> float:
+        """Trust in a node's words as of the last decision, 0..1."""
+        return self._load_trust[index] if index < len(self._load_trust) else 0.0
