@@ -53,18 +53,18 @@ def rank_body(model: ModelConfig) -> type[BaseModel]:
     longest = model.max_request_history_tokens
     fields: dict[str, Any] = {
         "items": (
-            Annotated[list[item], Field(max_length=longest)],  # type: ignore[valid-type]
+            Annotated[list[item], Field(max_length=longest)],
             Field(description="Item ids, oldest first."),
         ),
         "timestamps": (
-            Annotated[list[time], Field(max_length=longest)],  # type: ignore[valid-type]
+            Annotated[list[time], Field(max_length=longest)],
             Field(description="When, as integers of one unit (e.g. Unix s), never falling."),
         ),
     }
     if model.actions:
         action = Annotated[int, Field(ge=0, lt=model.actions)]
         fields["actions"] = (
-            Annotated[list[action], Field(max_length=longest)] | None,  # type: ignore[valid-type]
+            Annotated[list[action], Field(max_length=longest)] | None,
             Field(default=None, description="What the user did with each item."),
         )
     history = create_model("History", __base__=_Strict, **fields)
@@ -73,7 +73,7 @@ def rank_body(model: ModelConfig) -> type[BaseModel]:
         __base__=_Strict,
         history=(history, Field(description="The whole history, as far as the client keeps it.")),
         candidates=(
-            Annotated[list[item], Field(min_length=1, max_length=model.max_candidates)],  # type: ignore[valid-type]
+            Annotated[list[item], Field(min_length=1, max_length=model.max_candidates)],
             Field(description="Item ids to score."),
         ),
         query_time=(
