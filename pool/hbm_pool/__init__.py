@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from hbm_pool.host.config import PoolConfig as PoolConfig
     from hbm_pool.host.config import TableSpec as TableSpec
     from hbm_pool.host.extents import ExtentLedger as ExtentLedger
-    from hbm_pool.host.kv_index import KVHandle as KVHandle
-    from hbm_pool.host.kv_index import KVStatus as KVStatus
+    from hbm_pool.host.kv_handle import KVHandle as KVHandle
+    from hbm_pool.host.kv_handle import KVStatus as KVStatus
 
 _HOMES = {
     "Arena": "hbm_pool.device.arena",
@@ -31,10 +31,10 @@ _HOMES = {
     "ExtentLedger": "hbm_pool.host.extents",
     "HandleError": "hbm_pool.errors",
     "KVCache": "hbm_pool.device.kv",
-    "KVHandle": "hbm_pool.host.kv_index",
+    "KVHandle": "hbm_pool.host.kv_handle",
     "KVIndices": "hbm_pool.device.kv",
     "KVSpec": "hbm_pool.host.config",
-    "KVStatus": "hbm_pool.host.kv_index",
+    "KVStatus": "hbm_pool.host.kv_handle",
     "Pool": "hbm_pool.device.pool",
     "PoolConfig": "hbm_pool.host.config",
     "PoolError": "hbm_pool.errors",

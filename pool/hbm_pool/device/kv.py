@@ -13,7 +13,8 @@ import torch
 from hbm_pool.device.arena import Arena
 from hbm_pool.host.config import KVSpec
 from hbm_pool.host.fences import EpochClock, Lane
-from hbm_pool.host.kv_index import Fingerprints, KVCounters, KVHandle, KVIndex
+from hbm_pool.host.kv_handle import Fingerprints, KVCounters, KVHandle
+from hbm_pool.host.kv_index import KVIndex
 
 
 class KVIndices(NamedTuple):
