@@ -1,0 +1,176 @@
+"""Layer 0: from the twin's curve to the anchor α̂, without learning."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+from hbm_policy.config import AnchorConfig
+from hbm_policy.reading import Curve, PolicyState, Reading, Reason
+
+_NS_PER_MS: Final = 1_000_000
+_EPSILON: Final = 1e-9
+_MISSING: Final = int(Reason.CURVES_MISSING)
+_STALE: Final = int(Reason.CURVES_STALE)
+_INVALID: Final = int(Reason.CURVES_INVALID)
+_COLD: Final = int(Reason.TWIN_COLD)
+_MOVED: Final = int(Reason.ANCHOR_MOVED)
+_KEPT: Final = int(Reason.ANCHOR_KEPT)
+
+
+class Estimate(NamedTuple):
+    """Where the best split is, as far as the twin can tell."""
+
+    anchor: float  # NaN while unknown
+    gain: float  # predicted saving of the anchor over the applied α, share of the cost
+    gain_ms: float
+    trust: float  # 0: not to be acted on; 1: fully warm and fresh
+    curve_alpha: tuple[float, ...]
+    curve_cost_ms: tuple[float, ...]  # smoothed
+    curve_requests: int
+    reasons: int
+
+
+class TwinAnchor:
+    """Smooths the twin's curve per simulated request and takes its minimum.
+
+    The minimum is refined by the parabola through it and its neighbours. α̂ only follows when that
+    saves more than a relative *and* an absolute dead band (after CacheLib's rebalance strategies):
+    on a plateau every candidate is right, and wandering over it costs moves.
+    """
+
+    def __init__(self, config: AnchorConfig) -> None:
+        self.config = config
+        self._stale_ns = int(config.stale_ms * _NS_PER_MS)
+
+    def estimate(
+        self, reading: Reading, state: PolicyState, low: float, high: float, newest_only: bool
+    ) -> Estimate:
+        """α̂ within [low, high]. `newest_only` drops the smoothed past (an open burst gate)."""
+        curve = reading.curve
+        if curve is None or curve.boot_epoch != reading.boot_epoch:
+            return _unknown(state, _MISSING)
+        age_ns = reading.now_ns - curve.monotonic_ns
+        if age_ns > self._stale_ns or age_ns < -self._stale_ns:
+            return _unknown(state, _STALE)
+        if not _valid(curve, state.curve_alpha):
+            return _unknown(state, _INVALID)
+        cost_ms = self._smooth(curve, state, newest_only)
+        alpha = curve.alpha
+        best = _minimum(alpha, cost_ms, low, high)
+        best_ms = cost_at(alpha, cost_ms, best)
+        config = self.config
+        anchor = state.anchor
+        if anchor == anchor and low <= anchor <= high:
+            kept_ms = cost_at(alpha, cost_ms, anchor)
+            saved_ms = kept_ms - best_ms
+            if saved_ms > config.keep_gain * kept_ms and saved_ms > config.keep_gain_ms:
+                reasons = _MOVED
+                anchor = best
+            else:
+                reasons = _KEPT
+                best_ms = kept_ms
+        else:
+            reasons = _MOVED
+            anchor = best
+        now_ms = cost_at(alpha, cost_ms, reading.alpha)
+        gain_ms = max(now_ms - best_ms, 0.0)
+        if curve.warm >= config.min_warm:
+            trust = 1.0
+        else:
+            reasons |= _COLD
+            trust = 0.0
+        return Estimate(
+            anchor, gain_ms / now_ms, gain_ms, trust, alpha, cost_ms, curve.requests, reasons
+        )
+
+    def _smooth(self, curve: Curve, state: PolicyState, newest_only: bool) -> tuple[float, ...]:
+        """EWMA in requests, so that neither the tick nor the twin's cadence changes it."""
+        old = state.curve_cost_ms
+        seen = curve.requests - state.curve_requests
+        # Fewer requests than before: the twin started anew.
+        if newest_only or seen < 0 or curve.alpha != state.curve_alpha or not old:
+            return curve.cost_ms
+        if seen == 0:
+            return old
+        smoothing = self.config.smoothing_requests
+        if smoothing <= 0.0:
+            return curve.cost_ms
+        weight = -math.expm1(-seen / smoothing)
+        return tuple(
+            [past + weight * (new - past) for past, new in zip(old, curve.cost_ms, strict=True)]
+        )
+
+
+def cost_at(alpha: tuple[float, ...], cost_ms: tuple[float, ...], where: float) -> float:
+    """Cost at any α, linear between candidates and constant beyond the outermost."""
+    right = bisect_right(alpha, where)
+    if right == 0:
+        return cost_ms[0]
+    if right == len(alpha):
+        return cost_ms[-1]
+    left = right - 1
+    share = (where - alpha[left]) / (alpha[right] - alpha[left])
+    return cost_ms[left] + share * (cost_ms[right] - cost_ms[left])
+
+
+def parabola_vertex(alpha: tuple[float, ...], cost_ms: tuple[float, ...], index: int) -> float:
+    """Vertex of the parabola through a minimum and its neighbours, between these neighbours.
+
+    The outermost candidates are their own vertex.
+    """
+    if index == 0 or index == len(alpha) - 1:
+        return alpha[index]
+    middle, left, right = alpha[index], alpha[index - 1], alpha[index + 1]
+    # Lagrange form; both slopes are towards the minimum, so curvature is never negative.
+    down = (cost_ms[index] - cost_ms[index - 1]) / (middle - left)
+    up = (cost_ms[index + 1] - cost_ms[index]) / (right - middle)
+    bend = up - down
+    if bend <= 0.0:
+        return middle
+    vertex = (left + middle) / 2.0 - down / bend * (right - left) / 2.0
+    return min(max(vertex, left), right)
+
+
+def _minimum(
+    alpha: tuple[float, ...], cost_ms: tuple[float, ...], low: float, high: float
+) -> float:
+    first = bisect_left(alpha, low - _EPSILON)
+    last = bisect_right(alpha, high + _EPSILON)
+    if first >= last:
+        # Bounds between two candidates: the cheaper end.
+        at_low, at_high = cost_at(alpha, cost_ms, low), cost_at(alpha, cost_ms, high)
+        return low if at_low <= at_high else high
+    index = cost_ms.index(min(cost_ms[first:last]), first, last)
+    return min(max(parabola_vertex(alpha, cost_ms, index), low), high)
+
+
+def _valid(curve: Curve, known_alpha: tuple[float, ...]) -> bool:
+    cost_ms, alpha = curve.cost_ms, curve.alpha
+    total = sum(cost_ms)
+    # A NaN anywhere makes the sum one, and every comparison with it false.
+    if not (len(alpha) == len(cost_ms) > 0 and 0.0 < total < math.inf and min(cost_ms) > 0.0):
+        return False
+    if not (0.0 <= curve.warm <= 1.0 and curve.requests >= 0):
+        return False
+    if alpha == known_alpha:
+        return True
+    if not all(0.0 <= value <= 1.0 for value in alpha):
+        return False
+    return all(left < right for left, right in pairwise(alpha))
+
+
+def _unknown(state: PolicyState, reason: int) -> Estimate:
+    """The last anchor is still the best guess, but no move is based on it."""
+    return Estimate(
+        state.anchor,
+        0.0,
+        0.0,
+        0.0,
+        state.curve_alpha,
+        state.curve_cost_ms,
+        state.curve_requests,
+        reason,
+    )

@@ -1,0 +1,272 @@
+"""One decision: a pure function of what was read and what was remembered.
+
+Order: faults and mode (hold?) -> burst gate -> anchor -> residual -> shield -> refill budget. The
+same (reading, state) always gives the same decision; `Decision.state` goes into the next call.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from hbm_pool.contracts.records import Mode
+
+from hbm_policy.anchor import Estimate, TwinAnchor
+from hbm_policy.config import PolicyConfig
+from hbm_policy.layers import (
+    MAX_CORRECTION,
+    MAX_SLEW_SCALE,
+    Gate,
+    NoResidual,
+    Residual,
+    SteadyGate,
+)
+from hbm_policy.reading import HOLDS, Decision, PolicyState, Reading, Reason
+from hbm_policy.shield import Shield, Steered, Wish
+
+_HOLD: Final = int(Mode.HOLD)
+_AUTO: Final = int(Mode.AUTO)
+_RECOMMEND: Final = int(Mode.RECOMMEND)
+_FIXED: Final = int(Mode.FIXED)
+_NO_TELEMETRY: Final = int(Reason.NO_TELEMETRY)
+_RESTARTED: Final = int(Reason.SERVER_RESTARTED)
+_MODE_REASON: Final = {
+    _HOLD: int(Reason.MODE_HOLD),
+    _AUTO: 0,
+    _RECOMMEND: int(Reason.MODE_RECOMMEND),
+    _FIXED: int(Reason.MODE_FIXED),
+}
+_SERVER_LIMITED: Final = int(Reason.SERVER_LIMITED)
+_GATE_OPEN: Final = int(Reason.GATE_OPEN)
+_RESIDUAL: Final = int(Reason.RESIDUAL)
+_REFILL_PAUSED: Final = int(Reason.REFILL_PAUSED)
+
+
+class Policy:
+    """The layers of one configuration. Holds no state: that travels in `PolicyState`."""
+
+    def __init__(
+        self,
+        config: PolicyConfig | None = None,
+        gate: Gate | None = None,
+        residual: Residual | None = None,
+    ) -> None:
+        config = config or PolicyConfig()
+        self.config = config
+        self._anchor = TwinAnchor(config.anchor)
+        self._shield = Shield(config.shield)
+        self._gate: Gate = gate or SteadyGate()
+        self._residual: Residual = residual or NoResidual()
+
+    def decide(self, reading: Reading, state: PolicyState) -> Decision:
+        """What to do now; see the module."""
+        shield = self._shield
+        faults = shield.faults(reading, state)
+        if faults:
+            return _hold(reading, state, faults)
+        if state.boot_epoch != reading.boot_epoch:
+            return _adopt(reading, state)
+        reasons = 0
+        mode = reading.mode
+        assert mode is not None  # a missing mode is a fault
+        if mode != state.mode or _limited(reading, state):
+            # Steer from where the pool is, not from what was once wanted.
+            if mode == state.mode:
+                reasons = _SERVER_LIMITED
+            here = reading.alpha_target
+            state = state._replace(mode=mode, target=here, goal=here)
+        bounds = shield.bounds(reading)
+        gating = self._gate.step(reading, state.gate)
+        if gating.open:
+            reasons |= _GATE_OPEN
+        estimate = self._anchor.estimate(reading, state, bounds[0], bounds[1], gating.open)
+        reasons |= estimate.reasons | _MODE_REASON[mode]
+        if mode == _HOLD:
+            remembered = _remember(reading, state, estimate, gating.memory)
+            return _decision(reading, remembered, estimate, False, reasons)
+        wish: Wish | None = None
+        if mode == _FIXED:
+            wish = Wish(reading.alpha_fixed, 0.0, 0.0, 1.0, free=True)
+        elif estimate.trust > 0.0:
+            correction = self._residual.correct(reading, estimate.anchor, estimate.gain)
+            shift = _cut(correction.alpha, MAX_CORRECTION)
+            if shift != 0.0:
+                reasons |= _RESIDUAL
+            scale = _scale(gating.slew_scale * correction.slew_scale)
+            wish = Wish(estimate.anchor + shift, estimate.gain, estimate.gain_ms, scale, free=False)
+        steered = shield.steer(reading, state, bounds, wish)
+        refill = shield.refill_bytes_per_s(reading, steered.target)
+        if refill == 0.0:
+            reasons |= _REFILL_PAUSED
+        reasons |= steered.reasons
+        return _command(reading, state, estimate, gating.memory, steered, refill, bounds, reasons)
+
+
+def _hold(reading: Reading, state: PolicyState, reasons: int) -> Decision:
+    """Nothing is written; a move under way ends where it is."""
+    if reasons & _NO_TELEMETRY:
+        alpha = math.nan
+    else:
+        alpha = reading.alpha if 0.0 <= reading.alpha <= 1.0 else math.nan
+    target = state.target
+    if target != target:
+        target = alpha if alpha == alpha else 0.5
+    held = state._replace(
+        tick=state.tick + 1,
+        now_ns=max(state.now_ns, reading.now_ns) if reading.now_ns - state.now_ns < 1 << 62 else 0,
+        goal=state.target,
+    )
+    mode = reading.mode if reading.mode in _MODE_REASON else _HOLD
+    return Decision(
+        False,
+        target,
+        state.command_refill,
+        state.generation,
+        False,
+        reasons,
+        held.tick,
+        int(mode or 0),
+        alpha,
+        state.anchor,
+        0.0,
+        0.0,
+        held,
+    )
+
+
+def _adopt(reading: Reading, state: PolicyState) -> Decision:
+    """First sound reading of a server's boot: take over where it is, decide from the next one."""
+    fresh = PolicyState(
+        boot_epoch=reading.boot_epoch,
+        tick=state.tick,
+        now_ns=reading.now_ns,
+        mode=int(reading.mode or 0),
+        generation=max(state.generation, reading.command_generation),
+        target=reading.alpha_target,
+        goal=reading.alpha_target,
+        move_ns=reading.now_ns,
+        move_accesses=reading.emb_accesses,
+        emb_accesses=reading.emb_accesses,
+    )
+    return _hold(reading, fresh, _RESTARTED)
+
+
+def _limited(reading: Reading, state: PolicyState) -> bool:
+    """The server has our newest command and still aims elsewhere: it knows a limit we do not."""
+    return (
+        reading.command_generation >= state.generation > 0
+        and state.command_alpha == state.command_alpha
+        and abs(reading.alpha_target - state.command_alpha) > 1.5 / reading.extents
+    )
+
+
+def _cut(value: float, limit: float) -> float:
+    return min(max(value, -limit), limit) if value == value else 0.0
+
+
+def _scale(value: float) -> float:
+    return min(max(value, 0.0), MAX_SLEW_SCALE) if value == value else 1.0
+
+
+def _remember(
+    reading: Reading, state: PolicyState, estimate: Estimate, gate: tuple[float, ...]
+) -> PolicyState:
+    return state._replace(
+        tick=state.tick + 1,
+        now_ns=reading.now_ns,
+        emb_accesses=reading.emb_accesses,
+        goal=state.target,
+        anchor=estimate.anchor,
+        curve_alpha=estimate.curve_alpha,
+        curve_cost_ms=estimate.curve_cost_ms,
+        curve_requests=estimate.curve_requests,
+        gate=gate,
+    )
+
+
+def _decision(
+    reading: Reading, state: PolicyState, estimate: Estimate, apply: bool, reasons: int
+) -> Decision:
+    return Decision(
+        apply,
+        state.target,
+        state.command_refill,
+        state.generation,
+        False,
+        reasons,
+        state.tick,
+        state.mode,
+        reading.alpha,
+        estimate.anchor,
+        estimate.gain,
+        estimate.trust,
+        state,
+    )
+
+
+def _command(
+    reading: Reading,
+    state: PolicyState,
+    estimate: Estimate,
+    gate: tuple[float, ...],
+    steered: Steered,
+    refill: float,
+    bounds: tuple[float, float],
+    reasons: int,
+) -> Decision:
+    """The command in whole extents: a ramp finer than one changes nothing and says nothing new."""
+    low, high = bounds
+    extents = reading.extents
+    alpha = min(max(round(steered.target * extents) / extents, low), high)
+    generation = state.generation
+    apply = state.mode != _RECOMMEND
+    if apply and (alpha != state.command_alpha or refill != state.command_refill):
+        generation = max(generation, reading.command_generation) + 1
+    remembered = PolicyState(
+        state.boot_epoch,
+        state.tick + 1,
+        reading.now_ns,
+        state.mode,
+        generation,
+        alpha if apply else state.command_alpha,
+        refill if apply else state.command_refill,
+        steered.target,
+        steered.goal,
+        steered.move_size,
+        steered.move_ns,
+        steered.move_accesses,
+        reading.emb_accesses,
+        estimate.anchor,
+        estimate.curve_alpha,
+        estimate.curve_cost_ms,
+        estimate.curve_requests,
+        gate,
+    )
+    return Decision(
+        apply,
+        alpha,
+        refill,
+        generation,
+        False,
+        reasons,
+        remembered.tick,
+        state.mode,
+        reading.alpha,
+        estimate.anchor,
+        estimate.gain,
+        estimate.trust,
+        remembered,
+    )
+
+
+_DEFAULT: Final = Policy()
+
+
+def decide(reading: Reading, state: PolicyState, policy: Policy = _DEFAULT) -> Decision:
+    """What to do now. Pure and replayable: the new state is inside the decision."""
+    return policy.decide(reading, state)
+
+
+def is_hold(decision: Decision) -> bool:
+    """Nothing was decided: a fault, a restart or mode hold."""
+    return bool(decision.reasons & HOLDS)

@@ -1,0 +1,197 @@
+"""The last layer: no wish of the layers below reaches the server but through here.
+
+`faults` says what makes the reading unusable (hold), `bounds` what α may be, `steer` turns a wish
+into the next target: a move goes part of the way, at a limited speed, and not before the last one
+has paid off. Whatever the inputs, a target is finite and within the bounds, or α is held.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, NamedTuple
+
+from hbm_pool.contracts.records import Mode
+
+from hbm_policy.config import ShieldConfig
+from hbm_policy.reading import PolicyState, Reading, Reason
+
+_NS_PER_MS: Final = 1_000_000
+_EPSILON: Final = 1e-9
+_MAX_STEP_S: Final = 1.0
+"""A tick that comes late does not make the ramp jump."""
+_MODES: Final = frozenset(int(mode) for mode in Mode)
+_NO_TELEMETRY: Final = int(Reason.NO_TELEMETRY)
+_STALE: Final = int(Reason.TELEMETRY_STALE)
+_INVALID: Final = int(Reason.TELEMETRY_INVALID)
+_CLOCK: Final = int(Reason.CLOCK_BACKWARDS)
+_EPOCH: Final = int(Reason.EPOCH_MISMATCH)
+_INTENT_MISSING: Final = int(Reason.INTENT_MISSING)
+_INTENT_INVALID: Final = int(Reason.INTENT_INVALID)
+_DRAINING: Final = int(Reason.DRAINING)
+_SMALL_GAIN: Final = int(Reason.SMALL_GAIN)
+_SMALL_CHANGE: Final = int(Reason.SMALL_CHANGE)
+_DWELL: Final = int(Reason.DWELL)
+_STARTED: Final = int(Reason.MOVE_STARTED)
+_RAMPING: Final = int(Reason.RAMPING)
+_FINISHED: Final = int(Reason.MOVE_FINISHED)
+_STOPPED: Final = int(Reason.MOVE_STOPPED)
+_BOUNDED: Final = int(Reason.BOUNDED)
+_SERVER_MOVING: Final = int(Reason.SERVER_MOVING)
+
+
+class Wish(NamedTuple):
+    """Where the layers below want α."""
+
+    alpha: float
+    gain: float  # predicted saving, share of the cost
+    gain_ms: float
+    slew_scale: float
+    free: bool  # not a guess (fixed α, bounds): no dead band, dwell or fraction
+
+
+class Steered(NamedTuple):
+    """Where α goes next."""
+
+    target: float
+    goal: float
+    move_size: float
+    move_ns: int
+    move_accesses: int
+    reasons: int
+
+
+class Shield:
+    """Bounds, speed, dwell, dead band; NaN and staleness hold."""
+
+    def __init__(self, config: ShieldConfig) -> None:
+        self.config = config
+        self._stale_ns = int(config.stale_ms * _NS_PER_MS)
+        self._slack_ns = int(config.clock_slack_ms * _NS_PER_MS)
+        self._dwell_ns = int(config.dwell_ms * _NS_PER_MS)
+
+    def faults(self, reading: Reading, state: PolicyState) -> int:
+        """Reasons why nothing can be decided from this reading; 0 when it is sound."""
+        if reading.boot_epoch == 0 or reading.telemetry_ns <= 0:
+            return _NO_TELEMETRY
+        if reading.telemetry_epoch != reading.boot_epoch:
+            return _EPOCH
+        age_ns = reading.now_ns - reading.telemetry_ns
+        if age_ns > self._stale_ns:
+            return _STALE
+        if age_ns < -self._slack_ns or reading.now_ns < state.now_ns:
+            return _CLOCK
+        if not (
+            0.0 <= reading.alpha <= 1.0
+            and 0.0 <= reading.alpha_target <= 1.0
+            and 0.0 <= reading.server_alpha_min <= reading.server_alpha_max <= 1.0
+            and reading.extents > 0
+            and reading.emb_slots >= 0
+            and reading.command_generation >= 0
+            and reading.emb_accesses
+            >= (state.emb_accesses if state.boot_epoch == reading.boot_epoch else 0)
+        ):
+            return _INVALID
+        if reading.mode is None:
+            return _INTENT_MISSING
+        if reading.mode not in _MODES or not (
+            0.0 <= reading.alpha_min <= reading.alpha_max <= 1.0
+            and 0.0 <= reading.refill_bytes_per_s < math.inf
+        ):
+            return _INTENT_INVALID
+        if reading.mode == Mode.FIXED and not 0.0 <= reading.alpha_fixed <= 1.0:
+            return _INTENT_INVALID
+        return _DRAINING if reading.draining else 0
+
+    def bounds(self, reading: Reading) -> tuple[float, float]:
+        """α allowed by both sides. Where they do not overlap, the server's side wins."""
+        low = max(reading.alpha_min, reading.server_alpha_min)
+        high = min(reading.alpha_max, reading.server_alpha_max)
+        if low <= high:
+            return low, high
+        edge = low if low <= reading.server_alpha_max else high
+        edge = min(max(edge, reading.server_alpha_min), reading.server_alpha_max)
+        return edge, edge
+
+    def steer(
+        self,
+        reading: Reading,
+        state: PolicyState,
+        bounds: tuple[float, float],
+        wish: Wish | None,
+    ) -> Steered:
+        """The next target. `state.target` and `state.goal` are finite; None: no wish."""
+        low, high = bounds
+        target, goal = state.target, state.goal
+        size, reasons = state.move_size, 0
+        moved_ns, moved_accesses = state.move_ns, state.move_accesses
+        if not low <= target <= high:
+            wish = Wish(min(max(target, low), high), 0.0, 0.0, 1.0, free=True)
+            reasons = _BOUNDED
+        wanted = target
+        if wish is not None and wish.alpha == wish.alpha:
+            wanted = min(max(wish.alpha, low), high)
+            if wanted != wish.alpha:
+                reasons |= _BOUNDED
+        under_way = abs(goal - target) > _EPSILON
+        if under_way and not low <= goal <= high:
+            goal = min(max(goal, low), high)
+            reasons |= _BOUNDED
+        if wish is not None and wish.free:
+            goal, size = wanted, abs(wanted - reading.alpha)
+        elif under_way and wish is not None and (wanted - target) * (goal - target) <= 0.0:
+            goal = target
+            reasons |= _STOPPED
+        elif not under_way and wish is not None:
+            start = self._may_start(reading, state, wish, wanted)
+            reasons |= start
+            if start == _STARTED:
+                step = (wanted - target) * self.config.move_fraction
+                goal, size = target + step, abs(step)
+        if abs(goal - target) <= _EPSILON:
+            return Steered(target, target, size, moved_ns, moved_accesses, reasons)
+        elapsed_s = min(max((reading.now_ns - state.now_ns) / 1e9, 0.0), _MAX_STEP_S)
+        scale = 1.0 if wish is None else wish.slew_scale
+        reach = self.config.slew_per_s * scale * elapsed_s
+        if abs(goal - target) <= reach + _EPSILON:
+            target = goal
+            reasons |= _FINISHED
+        else:
+            target += math.copysign(reach, goal - target)
+            reasons |= _RAMPING
+        # From outside the bounds the ramp does not count: whatever is commanded is allowed.
+        target = min(max(target, low), high)
+        return Steered(target, goal, size, reading.now_ns, reading.emb_accesses, reasons)
+
+    def _may_start(self, reading: Reading, state: PolicyState, wish: Wish, wanted: float) -> int:
+        config = self.config
+        distance = abs(wanted - state.target)
+        if distance < config.min_change or distance <= _EPSILON:
+            return _SMALL_CHANGE
+        if wish.gain < config.min_gain or wish.gain_ms < config.min_gain_ms or wish.gain <= 0.0:
+            return _SMALL_GAIN
+        if reading.moving:
+            return _SERVER_MOVING
+        stretch = 1.0 + state.move_size / config.dwell_double_change
+        needed = config.dwell_accesses_per_slot * reading.emb_slots * stretch
+        if (
+            reading.emb_accesses - state.move_accesses < needed
+            or reading.now_ns - state.move_ns < self._dwell_ns
+        ):
+            return _DWELL
+        return _STARTED
+
+    def refill_bytes_per_s(self, reading: Reading, target: float) -> float:
+        """Budget of the background copy: the idle share of the link, in sixteenths of the budget.
+
+        Nothing while EMB gives extents up: what is copied would be dropped.
+        """
+        budget = reading.refill_bytes_per_s
+        if budget <= 0.0 or target < reading.alpha - 1.0 / reading.extents:
+            return 0.0
+        limit = self.config.refill_link_busy
+        busy = reading.link_busy
+        if limit >= 1.0:
+            return budget
+        if not busy <= limit:
+            return 0.0
+        return budget * math.ceil(16.0 * (1.0 - max(busy, 0.0))) / 16.0
