@@ -94,7 +94,7 @@ class RecordView:
     def raw(self, record: npt.NDArray[Any]) -> memoryview:
         """Bytes of one contiguous record."""
         if record is not self._record:
-            self._raw = memoryview(record.reshape(1).view(np.uint8)).cast("B")
+            self._raw = record.reshape(1).view(np.uint8).data
             self._record = record
         return self._raw
 
@@ -151,6 +151,7 @@ class Intake:
         ) = seen
         rows_0, rows_1, rows_2, rows_3 = self._rows_per_extent
         low, high = self._bounds
+        mode, alpha_min, alpha_max, alpha_fixed, refill = wish
         return Reading(
             now_ns,
             boot_epoch,
@@ -169,7 +170,11 @@ class Intake:
             self._extents,
             low,
             high,
-            *wish,
+            mode,
+            alpha_min,
+            alpha_max,
+            alpha_fixed,
+            refill,
             curve,
         )
 
