@@ -1,0 +1,384 @@
+"""The admin process: takes the wish, tells the world. It decides nothing.
+
+One asyncio loop runs two HTTP servers (health on TCP, control on a unix socket), a task that looks
+at the control block once per heartbeat, and a task that beats to Redis. Losing any of the outside
+parts leaves the others running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import uvicorn
+from hbm_pool.contracts import digest as codec
+from hbm_pool.contracts.records import COMMAND, INTENT
+
+from hbm_sidecar.api import PartitionAnswer, control_app, public_app
+from hbm_sidecar.config import SidecarConfig
+from hbm_sidecar.explain import explain_view
+from hbm_sidecar.log import configure
+from hbm_sidecar.metrics import SidecarMetrics
+from hbm_sidecar.node_state import RateWindow, node_state
+from hbm_sidecar.observer import Observer
+from hbm_sidecar.partition import (
+    DeclaredPartition,
+    LocalPartition,
+    ModeName,
+    Partition,
+    PartitionChange,
+    PartitionRefused,
+    PartitionSource,
+    new_intent,
+)
+from hbm_sidecar.publisher import Beat, Publisher
+from hbm_sidecar.supervisor import ADMIN_FD
+
+
+class Admin:
+    """What the HTTP layer and the heartbeat see. Lives in one event loop; nothing blocks."""
+
+    def __init__(self, config: SidecarConfig, log: Any) -> None:
+        self.config = config
+        self.prometheus = SidecarMetrics()
+        self.observer = Observer(config.run_dir, config.stale_ms / 1e3, self.prometheus, log)
+        self.source: PartitionSource = (
+            LocalPartition(config.partition(), config.run_dir)
+            if config.policy_file is None
+            else DeclaredPartition(config.partition(), config.policy_file)
+        )
+        self._log = log
+        self._window = RateWindow()
+        self._intent = new_intent()
+        self._generation = 0
+        self._intent_due = True
+        self._problem_said: str | None = None
+        # Time-based, so that a restarted admin never repeats a sequence.
+        self._sequence = self._digest_sequence = time.time_ns() // 1_000_000
+        self._digest = b""
+        self._digest_version = -1
+        self._digest_age = 0
+        self.publisher: Publisher | None = None
+        if config.redis_url:
+            self.publisher = Publisher(
+                config.redis_url,
+                config.namespace,
+                config.node,
+                config.heartbeat_ms / 1e3,
+                config.ttl_heartbeats * config.heartbeat_ms / 1e3,
+                self.beat,
+                self.prometheus,
+                log,
+            )
+
+    # -- tasks -----------------------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """Look at everything twice per heartbeat, until cancelled."""
+        while True:
+            self.observer.look(self.config.snapshot_refresh_s)
+            self._window.add(self.observer.telemetry)
+            if self.source.poll():
+                self._intent_due = True
+            self._say_problem()
+            if self._intent_due:
+                self._write_intent()
+            await asyncio.sleep(self.config.heartbeat_ms / 2e3)
+
+    def beat(self, whole: bool) -> Beat | None:
+        """The next heartbeat; None while the server is not there to be routed to."""
+        observer = self.observer
+        if observer.server is None or not observer.server_fresh():
+            self._digest_version = -1
+            return None
+        self._sequence += 1
+        self._digest_age += 1
+        changed = observer.mirror.version != self._digest_version
+        send = whole or changed or self._digest_age >= self.config.digest_every
+        if changed:
+            self._encode()
+        if send:
+            self._digest_age = 0
+        state = node_state(
+            observer.telemetry,
+            observer.server.info,
+            self._window.rates,
+            name=self.config.node,
+            url=self.config.node_url,
+            sequence=self._sequence,
+            unix_ms=time.time_ns() // 1_000_000,
+            digest_sequence=self._digest_sequence,
+            digest_crc=codec.digest_crc(self._digest),
+        )
+        return Beat(state, self._digest if send else None)
+
+    # -- AdminView -------------------------------------------------------------------------------
+
+    def partition(self) -> PartitionAnswer:
+        """The wish in force."""
+        return PartitionAnswer(
+            partition=self.source.current(),
+            owner=self.source.owner,
+            problem=self.source.problem,
+            generation=self._generation,
+        )
+
+    def change(self, change: PartitionChange) -> PartitionAnswer:
+        """Replace the wish and write the intent at once."""
+        if self.source.owner is not None:
+            self.prometheus.partition_puts.labels("refused").inc()
+            raise PartitionRefused(f"α is governed by {self.source.owner}; change it there")
+        started = self.config.partition().model_dump()
+        try:
+            wanted = Partition.model_validate(started | change.model_dump(exclude_unset=True))
+        except ValueError:
+            self.prometheus.partition_puts.labels("invalid").inc()
+            raise
+        self.source.put(wanted)
+        self.prometheus.partition_puts.labels("accepted").inc()
+        self._log.info("partition replaced", **wanted.model_dump(mode="json"))
+        self._write_intent()
+        return self.partition()
+
+    def reset(self) -> PartitionAnswer:
+        """Back to the wish of the start."""
+        self.source.reset()
+        self._log.info("partition reset")
+        self._write_intent()
+        return self.partition()
+
+    def explain(self, last: int) -> list[dict[str, Any]]:
+        """The last decisions, oldest first; none while there is no file to read."""
+        view = self.observer.sidecar
+        return [] if view is None else explain_view(view, last)
+
+    def readiness(self) -> dict[str, str]:
+        """What keeps decisions from being taken, by part."""
+        observer, missing = self.observer, dict(self.observer.problems)
+        if not observer.server_fresh():
+            missing.setdefault("server", f"telemetry is {_age(observer.telemetry_age_s())} old")
+        if observer.block is None:
+            missing.setdefault("sidecar.cb", "not made yet")
+        limit_s = 4 * self.source.current().tick_ms / 1e3 + 1.0
+        age_s = observer.decision_age_s()
+        if not age_s <= limit_s and "server" not in missing:
+            missing["decide"] = f"last decision is {_age(age_s)} old"
+        return missing
+
+    def metrics(self) -> bytes:
+        """Prometheus text, as of now."""
+        current = self.source.current().mode
+        for mode in ModeName:
+            self.prometheus.mode.labels(mode.value).set(mode is current)
+        self.prometheus.telemetry_age.set(self.observer.telemetry_age_s())
+        self.prometheus.server_up.set(self.observer.server_fresh())
+        return self.prometheus.exposition()
+
+    def state(self) -> dict[str, Any]:
+        """Everything known."""
+        observer, mirror = self.observer, self.observer.mirror
+        info = observer.server.info if observer.server is not None else None
+        command = np.zeros((), dtype=COMMAND)
+        has_command = observer.sidecar is not None and observer.sidecar.read_command(command)
+        publisher = self.publisher
+        return {
+            "node": self.config.node,
+            "namespace": self.config.namespace,
+            "run_dir": str(self.config.run_dir),
+            "partition": self.partition().model_dump(mode="json"),
+            "server": {
+                "fresh": observer.server_fresh(),
+                "telemetry_age_s": _finite(observer.telemetry_age_s()),
+                "model": info.model if info else None,
+                "telemetry": _as_json(observer.telemetry),
+            },
+            "command": _as_json(command) if has_command else None,
+            "curves": _curves_as_json(observer.curves),
+            "residency": {
+                "users": len(mirror),
+                "exact": mirror.exact,
+                "sequence": mirror.sequence,
+                "gaps": mirror.gaps,
+                "snapshots": mirror.snapshots,
+            },
+            "redis": {
+                "configured": publisher is not None,
+                "up": publisher is not None and publisher.up,
+                "error": publisher.last_error if publisher else "",
+                "digest_bytes": len(self._digest),
+            },
+            "children": observer.children(),
+            "problems": observer.problems,
+        }
+
+    # -- internals -------------------------------------------------------------------------------
+
+    def _encode(self) -> None:
+        mirror, server = self.observer.mirror, self.observer.server
+        assert server is not None
+        view = mirror.view()
+        self._digest_sequence += 1
+        self._digest = codec.encode_digest(
+            view.users,
+            view.tokens,
+            view.shard_rows,
+            boot_epoch=mirror.boot_epoch,
+            sequence=self._digest_sequence,
+            page_tokens=server.info.page_tokens,
+        )
+        self._digest_version = mirror.version
+
+    def _write_intent(self) -> None:
+        """Tell decide, at the next look while there is no file; once per wish."""
+        observer = self.observer
+        self._intent_due = True
+        if observer.block is None or observer.sidecar is None:
+            return
+        wanted = self.source.current()
+        known = np.zeros((), dtype=INTENT)
+        if observer.sidecar.read_intent(known):
+            self._generation = max(self._generation, int(known["generation"]))
+        if int(known["policy_hash"]) != wanted.policy_hash() or self._generation == 0:
+            self._generation += 1
+            wanted.fill_intent(self._intent, self._generation, time.monotonic_ns())
+            observer.block.write_intent(self._intent)
+        self._intent_due = False
+
+    def _say_problem(self) -> None:
+        problem = self.source.problem
+        if problem is not None and problem != self._problem_said:
+            self.prometheus.policy_rejected.inc()
+            self._log.warning("partition not taken over; the one before stays", why=problem)
+        self._problem_said = problem
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server that says when it listens and leaves signals to its process."""
+
+    def __init__(self, settings: uvicorn.Config) -> None:
+        super().__init__(settings)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, then say so."""
+        await super().startup(sockets=sockets)
+        self.listening.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _age(age_s: float) -> str:
+    return f"{age_s:.1f} s" if math.isfinite(age_s) else "infinitely"
+
+
+def _as_json(record: np.ndarray) -> dict[str, Any]:
+    """Fields of a record; NaN and infinities become None."""
+    fields: dict[str, Any] = {}
+    for name in record.dtype.names or ():
+        value = record[name].tolist()
+        if isinstance(value, float):
+            value = _finite(value)
+        elif isinstance(value, list):
+            value = [_finite(item) if isinstance(item, float) else item for item in value]
+        fields[name] = value
+    return fields
+
+
+def _curves_as_json(curves: np.ndarray) -> dict[str, Any]:
+    """Only the points that are in use."""
+    points = int(curves["points"])
+    fields = _as_json(curves)
+    return {k: v[:points] if isinstance(v, list) else v for k, v in fields.items()}
+
+
+def _control_socket(config: SidecarConfig) -> socket.socket:
+    """The unix socket of /v1: for this user and group only."""
+    path = config.admin_socket
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o117)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(before)
+    listener.listen(64)
+    return listener
+
+
+def _write_ready_file(config: SidecarConfig, port: int) -> None:
+    """Say where the sidecar serves; `pid` is the supervisor's, which stays the same."""
+    if config.ready_file is None:
+        return
+    content = {"pid": os.getppid(), "host": config.host, "port": port, "admin_port": port}
+    temporary = config.ready_file.with_name(f".{config.ready_file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content))
+    temporary.rename(config.ready_file)
+
+
+async def serve(config: SidecarConfig, listener: socket.socket, log: Any) -> None:
+    """Run until SIGTERM, then leave Redis and return."""
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    admin = Admin(config, log)
+    servers = []
+    for app, sock in (
+        (public_app(admin), listener),
+        (control_app(admin), _control_socket(config)),
+    ):
+        settings = uvicorn.Config(
+            app,
+            access_log=False,
+            log_level="warning",
+            lifespan="off",
+            loop="asyncio",
+            ws="none",
+            timeout_graceful_shutdown=1,
+            timeout_keep_alive=30,
+            limit_concurrency=64,
+        )
+        servers.append((_Server(settings), sock))
+    async with asyncio.TaskGroup() as group:
+        watching = group.create_task(admin.watch())
+        beating = group.create_task(admin.publisher.run()) if admin.publisher else None
+        for server, sock in servers:
+            group.create_task(server.serve(sockets=[sock]))
+        for server, _ in servers:
+            await server.listening.wait()
+        port = listener.getsockname()[1]
+        _write_ready_file(config, port)
+        log.info("admin serves", host=config.host, port=port, socket=str(config.admin_socket))
+        await stop.wait()
+        watching.cancel()
+        if beating is not None and admin.publisher is not None:
+            beating.cancel()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(admin.publisher.leave(), 1.0)
+        for server, _ in servers:
+            server.should_exit = True
+
+
+def main() -> None:
+    """Entry: `python -m hbm_sidecar.admin`, with the listening socket inherited."""
+    log = configure("admin")
+    config = SidecarConfig()
+    listener = socket.socket(fileno=int(os.environ[ADMIN_FD]))
+    asyncio.run(serve(config, listener, log))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Configuration of the sidecar: flags, and the environment with prefix HBM_ by the same names."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from hbm_sidecar.partition import Partition
+
+ENV_PREFIX: Final = "HBM_"
+ADMIN_SOCKET: Final = "admin.sock"
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+_REDIS_SCHEMES = ("redis", "rediss", "unix")
+_MAX_SOCKET_PATH = 107  # sun_path of Linux without its terminating zero
+
+
+class SidecarConfig(Partition, BaseSettings):
+    """All settings of `hbm sidecar`. The fields of `Partition` are the wish it starts with."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True)
+
+    run_dir: Path = Field(
+        Path("/run/hbm"), description="Directory shared with the model server (control block)."
+    )
+    node: str = Field(
+        default_factory=socket.gethostname,
+        description="Name of this node in Redis; in Kubernetes the pod uid.",
+    )
+    node_url: str = Field("", description="Where the router reaches the model server.")
+    namespace: str = Field("default", description="Namespace of all keys in Redis.")
+    redis_url: str = Field("", description="redis://, rediss:// or unix://. Empty: no digest.")
+    policy_file: Path | None = Field(
+        None, description="JSON partition that somebody else writes; PUT is refused while set."
+    )
+    host: str = Field("127.0.0.1", description="Address of /healthz, /readyz and /metrics.")
+    port: int = Field(9400, ge=0, le=65535, description="Their port; 0: any free one.")
+    ready_file: Path | None = Field(None, description="Written once the sidecar serves.")
+    stale_ms: float = Field(
+        2000.0, gt=0.0, le=600_000.0, description="Telemetry older than this: the server is dead."
+    )
+    heartbeat_ms: float = Field(
+        250.0, ge=20.0, le=60_000.0, description="Time between two heartbeats to Redis."
+    )
+    ttl_heartbeats: int = Field(
+        4, ge=3, le=5, description="Heartbeats after which the node's keys expire."
+    )
+    digest_every: int = Field(
+        8, ge=1, le=1000, description="An unchanged digest is sent again every so many heartbeats."
+    )
+    snapshot_refresh_s: float = Field(
+        10.0,
+        ge=0.0,
+        le=3600.0,
+        description="Time between residency snapshots asked for to refresh EMB coverage. 0: never.",
+    )
+    twin_budget: float = Field(
+        0.2, gt=0.0, le=1.0, description="Share of a core the twin may use, at most."
+    )
+
+    @field_validator("run_dir")
+    @classmethod
+    def _socket_fits(cls, value: Path) -> Path:
+        path = value.absolute() / ADMIN_SOCKET
+        if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+            raise ValueError(
+                f"{path} is {len(os.fsencode(path))} bytes long, a unix socket may have "
+                f"{_MAX_SOCKET_PATH}; use a shorter directory"
+            )
+        return value.absolute()
+
+    @field_validator("node", "namespace")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not _NAME.fullmatch(value):
+            raise ValueError(
+                f"{value[:60]!r} is no name; use letters, digits, '.', '_', '-', at most 253"
+            )
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis(cls, value: str) -> str:
+        if value and urlsplit(value).scheme not in _REDIS_SCHEMES:
+            raise ValueError(
+                f"{value.split('@')[-1][:60]!r} is no Redis URL; use redis://HOST:PORT/DB, "
+                "rediss:// or unix:///PATH"
+            )
+        return value
+
+    @field_validator("node_url")
+    @classmethod
+    def _http(cls, value: str) -> str:
+        if value and (
+            urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).netloc
+        ):
+            raise ValueError(f"{value[:60]!r} is no address of a server; use http://HOST:PORT")
+        return value
+
+    @model_validator(mode="after")
+    def _a_digest_needs_an_address(self) -> SidecarConfig:
+        if self.redis_url and not self.node_url:
+            raise ValueError("redis_url is set, so node_url is needed: the router must reach it")
+        return self
+
+    @property
+    def admin_socket(self) -> Path:
+        """Unix socket of /v1."""
+        return self.run_dir / ADMIN_SOCKET
+
+    def partition(self) -> Partition:
+        """The wish it starts with."""
+        return Partition(**{name: getattr(self, name) for name in Partition.model_fields})
+
+    def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
+        """`inherited` with every setting in it, so that a child reads the same configuration."""
+        environment = dict(inherited)
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            key = f"{ENV_PREFIX}{name.upper()}"
+            if value is None:
+                environment.pop(key, None)
+            else:
+                environment[key] = str(value)
+        return environment

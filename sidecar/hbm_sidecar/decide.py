@@ -1,0 +1,269 @@
+"""The decide process: one thread, one decision per tick, nothing else.
+
+A decision is: read telemetry, ask the policy, store the command. What can be done beforehand is:
+files are opened and remapped, intent and curves are read, and three whole dry decisions are run
+right before the tick so that code and data are in the caches (one decision every 250 ms otherwise
+costs twenty times as much). The garbage collector is frozen and off: nothing here makes cycles.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import struct
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from hbm_policy import (
+    Decision,
+    Intake,
+    Policy,
+    PolicyConfig,
+    PolicyState,
+    Reason,
+    ShieldConfig,
+)
+from hbm_pool.contracts.control_block import (
+    ControlBlockError,
+    ControlBlockMissing,
+    ServerView,
+    SidecarBlock,
+    SidecarView,
+)
+from hbm_pool.contracts.record_slots import SlotWriter, slots_bytes
+from hbm_pool.contracts.records import COMMAND, CURVES, DECISION, INTENT, TELEMETRY
+
+from hbm_sidecar.config import SidecarConfig
+from hbm_sidecar.log import configure
+from hbm_sidecar.pace import Pace
+
+DRY_DECISIONS: Final = 3
+WARM_UP_DECISIONS: Final = 300
+LEAD_MIN_NS: Final = 300_000
+LEAD_MAX_NS: Final = 5_000_000
+"""How long before the tick it wakes: getting ready must fit in, what is left is spun away."""
+TICK_MIN_MS: Final = 10.0
+TICK_MAX_MS: Final = 60_000.0
+_DEAD: Final = int(
+    Reason.NO_TELEMETRY
+    | Reason.TELEMETRY_STALE
+    | Reason.TELEMETRY_INVALID
+    | Reason.CLOCK_BACKWARDS
+    | Reason.EPOCH_MISMATCH
+)
+"""Said once, not once per tick: the log of decisions is for decisions."""
+
+
+def _packer(dtype: np.dtype[Any]) -> Callable[..., None]:
+    """Packs all fields behind the stamp at once: a sixth of the cost of numpy field by field."""
+    codes = {"<i8": "q", "<u8": "Q", "<f8": "d"}
+    assert dtype.names is not None
+    assert dtype.names[0] == "monotonic_ns"
+    layout = struct.Struct("<" + "".join(codes[dtype[name].str] for name in dtype.names[1:]))
+    assert layout.size + 8 == dtype.itemsize
+
+    def pack(record: npt.NDArray[Any], *values: float) -> None:
+        layout.pack_into(record.data, 8, *values)
+
+    return pack
+
+
+_pack_command = _packer(COMMAND)
+_pack_decision = _packer(DECISION)
+
+
+def _fill_command(record: npt.NDArray[Any], boot_epoch: int, decision: Decision) -> None:
+    _pack_command(
+        record,
+        boot_epoch,
+        decision.generation,
+        decision.target,
+        decision.refill_bytes_per_s,
+        int(decision.drop_only),
+    )
+
+
+class Decider:
+    """State of the process. `clock_ns` is CLOCK_MONOTONIC in nanoseconds."""
+
+    def __init__(
+        self, config: SidecarConfig, log: Any, clock_ns: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self.period_ns = int(config.tick_ms * 1e6)
+        self._run_dir = config.run_dir
+        self._policy = Policy(PolicyConfig(shield=ShieldConfig(stale_ms=config.stale_ms)))
+        self._log = log
+        self._clock_ns = clock_ns
+        self._telemetry = np.zeros((), dtype=TELEMETRY)
+        self._intent = np.zeros((), dtype=INTENT)
+        self._curves = np.zeros((), dtype=CURVES)
+        self._known_intent: npt.NDArray[Any] | None = None
+        self._known_curves: npt.NDArray[Any] | None = None
+        self._intake: Intake | None = None
+        self._state = PolicyState()
+        self._server: ServerView | None = None
+        self._wishes: SidecarView | None = None
+        self._block: SidecarBlock | None = None
+        # Dry decisions store their command where nobody reads it, by the same code.
+        self._dry_writer = SlotWriter(memoryview(bytearray(slots_bytes(COMMAND))), COMMAND)
+        self._said_dead = 0
+        self._problems: dict[str, str] = {}
+
+    # -- before the tick -------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Open and follow the files; take over intent and curves. Never raises for bad files."""
+        self._follow("sidecar.cb", self._prepare_own)
+        self._follow("server.cb", self._prepare_server)
+
+    def dry(self) -> None:
+        """A whole decision whose outcome is thrown away."""
+        decision = self._decide(self._clock_ns())
+        if decision is not None:
+            _fill_command(self._dry_writer.record, 0, decision)
+            self._dry_writer.write()
+
+    def _decide(self, now_ns: int) -> Decision | None:
+        """Read telemetry and decide; None while there is no server's file."""
+        server, intake = self._server, self._intake
+        if server is None or intake is None:
+            return None
+        server.read_telemetry(self._telemetry)
+        reading = intake.reading(
+            now_ns, server.boot_epoch, self._telemetry, self._known_intent, self._known_curves
+        )
+        return self._policy.decide(reading, self._state)
+
+    def _follow(self, file: str, prepare: Callable[[], None]) -> None:
+        try:
+            prepare()
+        except ControlBlockError as error:
+            text = "" if isinstance(error, ControlBlockMissing) else str(error)
+            if text and self._problems.get(file) != text:
+                self._log.warning("control block not usable: nothing is decided", why=text)
+            self._problems[file] = text
+        else:
+            if self._problems.pop(file, ""):
+                self._log.info("control block usable", file=file)
+
+    def _prepare_own(self) -> None:
+        wishes = self._wishes
+        if wishes is None or self._block is None:
+            self._wishes = wishes = SidecarView.open(self._run_dir)
+            self._attach(SidecarBlock.open(self._run_dir))
+        elif wishes.refresh():
+            self._attach(SidecarBlock.open(self._run_dir))
+        if wishes.read_intent(self._intent):
+            self._known_intent = self._intent
+            wished_ms = float(self._intent["tick_ms"])
+            if TICK_MIN_MS <= wished_ms <= TICK_MAX_MS:
+                self.period_ns = int(wished_ms * 1e6)
+        if wishes.read_curves(self._curves):
+            self._known_curves = self._curves
+
+    def _attach(self, block: SidecarBlock) -> None:
+        """Go on where the process before this one ended: generations and ticks only grow."""
+        self._block = block
+        self._state = self._state._replace(
+            generation=max(self._state.generation, int(block.command["generation"])),
+            tick=max(self._state.tick, int(block.decision["tick"])),
+        )
+
+    def _prepare_server(self) -> None:
+        if self._server is None:
+            self._server = ServerView.open(self._run_dir)
+        elif not self._server.refresh():
+            return
+        self._intake = Intake(self._server.info)
+        self._telemetry[()] = np.zeros((), dtype=TELEMETRY)
+        self._log.info("server seen", boot_epoch=self._server.boot_epoch)
+
+    # -- the tick --------------------------------------------------------------------------------
+
+    def tick(self, due_ns: int) -> None:
+        """One decision. Nothing happens while there is no file to write to, or no server."""
+        server, block = self._server, self._block
+        if server is None or block is None:
+            return
+        clock_ns = self._clock_ns
+        began_ns = clock_ns()
+        decision = self._decide(began_ns)
+        if decision is None:
+            return
+        if decision.apply:
+            _fill_command(block.command, server.boot_epoch, decision)
+            block.write_command(block.command)
+        stored_ns = clock_ns()
+        self._state = decision.state
+        dead = decision.reasons & _DEAD
+        if dead and dead == self._said_dead:
+            return
+        self._said_dead = dead
+        _pack_decision(
+            block.decision,
+            decision.generation if decision.apply else 0,
+            decision.tick,
+            decision.alpha,
+            decision.anchor,
+            decision.target,
+            decision.refill_bytes_per_s,
+            decision.reasons,
+            (stored_ns - began_ns) / 1e3,
+            (stored_ns - due_ns) / 1e3,
+            decision.gain,
+            decision.mode,
+        )
+        block.push_decision(block.decision)
+
+
+class Metronome:
+    """Wakes shortly before each tick, prepares, runs dry, and decides when it is due."""
+
+    def __init__(self, decider: Decider, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._decider = decider
+        self._clock_ns = clock_ns
+        self._lead_ns = LEAD_MAX_NS
+
+    def run(self) -> None:
+        """Until SIGTERM, which must be blocked: it is waited for instead of slept."""
+        clock_ns, decider = self._clock_ns, self._decider
+        pace = Pace(clock_ns(), decider.period_ns)
+        while True:
+            sleep_s = max(0.0, (pace.due_ns - self._lead_ns - clock_ns()) / 1e9)
+            if signal.sigtimedwait((signal.SIGTERM,), sleep_s) is not None:
+                return
+            woke_ns = clock_ns()
+            decider.prepare()
+            for _ in range(DRY_DECISIONS):
+                decider.dry()
+            self._learn_lead(clock_ns() - woke_ns)
+            while clock_ns() < pace.due_ns:
+                pass
+            decider.tick(pace.due_ns)
+            pace.change(clock_ns(), decider.period_ns)
+            pace.advance(clock_ns())
+
+    def _learn_lead(self, took_ns: int) -> None:
+        """Wake so early that getting ready is done in time, but do not spin for long."""
+        wanted = min(LEAD_MAX_NS, max(LEAD_MIN_NS, 2 * took_ns))
+        self._lead_ns += (wanted - self._lead_ns) // 4
+
+
+def main() -> None:
+    """Entry: `python -m hbm_sidecar.decide`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    decider = Decider(SidecarConfig(), configure("decide"))
+    decider.prepare()
+    for _ in range(WARM_UP_DECISIONS):
+        decider.dry()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    Metronome(decider).run()
+
+
+if __name__ == "__main__":
+    main()
