@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -214,7 +214,11 @@ class Engine:
 
     def check_integrity(self) -> Future[list[str]]:
         """Violations of the pool's invariants, looked for while nothing is in flight."""
-        return self._pipeline.between_batches(self.memory.check_integrity)
+        return self.between_batches(self.memory.check_integrity)
+
+    def between_batches(self, action: Callable[[], Any]) -> Future[Any]:
+        """Runs `action` while no batch is in flight; requests queue up meanwhile."""
+        return self._pipeline.between_batches(action)
 
     # -- gather thread -------------------------------------------------------------------------
 

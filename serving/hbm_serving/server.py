@@ -9,8 +9,9 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 import uvicorn
@@ -72,29 +73,34 @@ def _configure(app: FastAPI, engine: Engine) -> uvicorn.Config:
     )
 
 
-def write_ready_file(path: Path, host: str, port: int, admin_port: int) -> None:
+class Listening(NamedTuple):
+    """Where a running server can be reached."""
+
+    host: str
+    port: int
+    admin_port: int
+
+
+def write_ready_file(path: Path, listening: Listening) -> None:
     """Where this server listens, written by rename so that nobody reads half of it."""
-    ready = {"pid": os.getpid(), "host": host, "port": port, "admin_port": admin_port}
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(ready) + "\n")
+    partial.write_text(json.dumps({"pid": os.getpid(), **listening._asdict()}) + "\n")
     partial.rename(path)
 
 
-async def _serve(
+async def listen(
     engine: Engine,
     public: socket.socket,
     admin: socket.socket,
-    ready_file: Path | None,
+    stop: asyncio.Event,
+    on_ready: Callable[[Listening], None],
 ) -> None:
+    """Serves on two bound sockets until `stop` is set, then drains and closes the engine."""
     metrics = Metrics(engine.samples)
     servers = [
         (_Server(_configure(build_app(engine, metrics), engine)), public),
         (_Server(_configure(build_admin_app(engine, metrics), engine)), admin),
     ]
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     engine.start()
     tasks = [asyncio.create_task(server.serve(sockets=[bound])) for server, bound in servers]
     while not all(server.started for server, _ in servers):
@@ -103,14 +109,13 @@ async def _serve(
             raise RuntimeError("a listener ended before it had started")
         await asyncio.sleep(0.005)
     host, port = public.getsockname()[:2]
-    admin_port = admin.getsockname()[1]
-    if ready_file is not None:
-        write_ready_file(ready_file, host, port, admin_port)
+    listening = Listening(host, port, admin.getsockname()[1])
+    on_ready(listening)
     _log.info(
         "serving",
         model=engine.config.model.name,
         url=f"http://{host}:{port}",
-        admin_port=admin_port,
+        admin_port=listening.admin_port,
         device=str(engine.device),
         alpha=engine.memory.alpha,
     )
@@ -133,8 +138,20 @@ def serve(
     ready_file: Path | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Returns when everything is closed."""
+
+    def on_ready(listening: Listening) -> None:
+        if ready_file is not None:
+            write_ready_file(ready_file, listening)
+
+    async def until_signalled() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await listen(engine, public, admin, stop, on_ready)
+
     try:
-        uvloop.run(_serve(engine, public, admin, ready_file))
+        uvloop.run(until_signalled())
     finally:
         engine.close()
         public.close()
