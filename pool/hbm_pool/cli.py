@@ -20,8 +20,8 @@ app = typer.Typer(
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The model of `hbm demo`.
-    "demo": {
+    # Small enough for a laptop; `hbm demo` is of this kind.
+    "small": {
         "model": {
             "tables": [
                 {"name": "item", "rows": 100_000, "width": 64},

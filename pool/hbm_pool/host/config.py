@@ -254,7 +254,7 @@ class PoolConfig(PoolShape):
     def _pool_bytes_for(self, pinned: int) -> int:
         if self.alpha_max >= 1.0:
             return self.pool_bytes + pinned * self.bytes_per_extent
-        total = math.ceil(pinned / (1.0 - self.alpha_max))
+        total = math.floor((pinned - 1) / (1.0 - self.alpha_max))
         while total - math.floor(self.alpha_max * total + _EPSILON) < pinned:
             total += 1
         return total * self.bytes_per_extent

@@ -180,9 +180,9 @@ def _at(shape: PoolShape, alpha: float, history_tokens: int, max_batch_users: in
 def _class_rows(shape: PoolShape, emb_extents: int) -> tuple[ClassRows, ...]:
     """Extents among the classes by table bytes; what a class cannot fill goes to the others."""
     wanted = [-(-c.catalogue_rows // c.rows_per_extent) for c in shape.classes]
-    given = [0] * len(wanted)
-    left = emb_extents
-    open_classes = list(range(len(wanted)))
+    given = [int(i < emb_extents) for i in range(len(wanted))]  # each class its first
+    left = emb_extents - sum(given)
+    open_classes = [i for i in range(len(wanted)) if given[i] < wanted[i]]
     while left > 0 and open_classes:
         weight = sum(wanted[i] for i in open_classes)
         shares = {i: min(wanted[i] - given[i], left * wanted[i] // weight) for i in open_classes}
