@@ -30,6 +30,10 @@ class EmbSide(Protocol):
     def num_extents(self) -> int:
         """Extents it holds, those being emptied included."""
 
+    @property
+    def draining_extents(self) -> int:
+        """Extents a planned shrink has marked and not emptied yet."""
+
     def grow(self, extents: Extents) -> None:
         """Takes over extents, whatever their bytes are."""
 
@@ -92,7 +96,6 @@ class Split:
         self._drop_only = False
         self._requested: tuple[int, bool] | None = None
         self._under_way = False
-        self._draining = 0
         emb.grow(ledger.take(Owner.EMB, emb_extents))
         kv.limit = ledger.num_extents - emb_extents
 
@@ -167,7 +170,6 @@ class Split:
                 self.kv.limit = max(self.kv.limit, held + granted + short)
             if short > promised:
                 given = self.emb.drop(short - promised)
-                self._draining = max(0, self._draining - len(given))
                 with self.lock:
                     self.ledger.give_back(given, self.clock.fence(Lane.EMB))
                     self.ledger.reap()
@@ -207,7 +209,8 @@ class Split:
         if missing < 0:
             self._shrink_emb(-missing, drop_only)
         else:
-            self._cancel_drain()
+            if self.emb.draining_extents:
+                self.emb.cancel_shrink()
             if missing > 0:
                 self._grow_emb(missing, drop_only)
         with self.lock:
@@ -230,23 +233,17 @@ class Split:
     def _shrink_emb(self, surplus: int, drop_only: bool) -> None:
         if drop_only:
             given = self.emb.drop(surplus)
-            self._draining = max(0, self._draining - len(given))
         else:
-            if self._draining > surplus:
-                self._cancel_drain()
-            if self._draining < surplus:
-                self._draining += self.emb.plan_shrink(surplus - self._draining)
+            if self.emb.draining_extents > surplus:
+                self.emb.cancel_shrink()
+            draining = self.emb.draining_extents
+            if draining < surplus:
+                self.emb.plan_shrink(surplus - draining)
             given = self.emb.shrink_step(self.slice_budget_us)
-            self._draining -= len(given)
         if len(given):
             with self.lock:
                 self.ledger.give_back(given, self.clock.fence(Lane.EMB))
                 self.moved_extents += len(given)
-
-    def _cancel_drain(self) -> None:
-        if self._draining:
-            self.emb.cancel_shrink()
-            self._draining = 0
 
     def _grow_emb(self, missing: int, drop_only: bool) -> None:
         """Takes what is free, and has KV give up the rest: spare extents, then the coldest users.
