@@ -331,8 +331,18 @@ class ClientConnection(asyncio.Protocol):
             self._close(linger=False)
 
     def abort(self) -> None:
-        """Cuts the connection; the client sees an incomplete response."""
+        """Cuts the connection at once, unsent bytes included."""
         self.transport.abort()
+
+    def cut_off(self, *, reset: bool) -> None:
+        """Ends the connection amid a response. A body whose length or chunks the client knows is
+        seen to be incomplete when the connection ends; any other only by a reset."""
+        self._current = None
+        self._stop_parsing = True
+        if reset:
+            self.transport.abort()
+        elif not self.transport.is_closing():
+            self.transport.close()
 
     def write(self, data: bytes) -> None:
         """Bytes of the current response."""

@@ -457,9 +457,9 @@ class Exchange:
         self._plane.metrics.cut_short.labels(reason).inc()
         self.keep_alive = False
         self._drop_upstream()
-        client = self.client
+        self.response_flush()
         self._finish(self._status, answered=False)
-        client.abort()
+        self.client.cut_off(reset=self._close_delimited)
 
     def _drop_upstream(self) -> None:
         if self._connecting is not None:
