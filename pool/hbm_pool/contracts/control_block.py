@@ -19,7 +19,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import struct
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -43,6 +45,7 @@ from hbm_pool.contracts.records import (
     CURVES,
     DECISION,
     INTENT,
+    MAX_CLASSES,
     TELEMETRY,
     RequestSample,
     ResidencyEvent,
@@ -62,7 +65,7 @@ __all__ = [
 ]
 
 INFO_BYTES: Final = 1 << 16
-_INFO_HEAD: Final = 8  # crc u32, length u32
+_INFO_HEAD: Final = struct.Struct("<II")  # CRC, bytes of JSON
 _WORD: Final = np.dtype([("count", "<u8")])
 
 SERVER_LAYOUT: Final = FileLayout(
@@ -110,6 +113,10 @@ class ServerBlock:
     def __init__(self, file: MappedFile) -> None:
         self.boot_epoch = file.boot_epoch
         self._telemetry = SlotWriter(file.region("telemetry"), TELEMETRY)
+        self._stamp = self._telemetry.word("monotonic_ns")
+        self._epoch = self._telemetry.word("boot_epoch")
+        self._residency_sequence = self._telemetry.word("residency_sequence")
+        self._requests_lost = self._telemetry.word("requests_lost")
         self._requests = request_ring.RequestRingWriter(file.region("requests"))
         self._residency = residency.EventRingWriter(file.region("residency"))
         self._snapshot = residency.SnapshotWriter(file.region("snapshot"))
@@ -121,24 +128,13 @@ class ServerBlock:
     def create(cls, directory: Path, info: ServerInfo) -> ServerBlock:
         """Makes `directory/server.cb` under a new boot epoch.
 
-        `ControlBlockError` when there is no room or the pool is beyond the limits of the layout:
-        serve without a sidecar then.
+        `ControlBlockError` when there is no room for the file or for what `info` says: serve
+        without a sidecar then.
         """
-        if info.extents > residency.MAX_USERS:
-            raise ControlBlockError(
-                f"the pool has {info.extents} extents, the control block names at most "
-                f"{residency.MAX_USERS} resident users; use larger extents"
-            )
-        raw = json.dumps(dataclasses.asdict(info), separators=(",", ":")).encode()
-        if len(raw) > INFO_BYTES - _INFO_HEAD:
-            raise ControlBlockError(
-                f"the description of the server takes {len(raw)} bytes, the control block has room "
-                f"for {INFO_BYTES - _INFO_HEAD}; use fewer or shorter table names"
-            )
+        raw = encode_info(info)
 
         def fill(file: MappedFile) -> None:
-            head = crc32(raw).to_bytes(4, "little") + len(raw).to_bytes(4, "little")
-            file.region("info")[: _INFO_HEAD + len(raw)] = head + raw
+            file.region("info")[: len(raw)] = raw
 
         return cls(MappedFile.create(Path(directory), SERVER_LAYOUT, fill))
 
@@ -146,11 +142,10 @@ class ServerBlock:
         """Publishes the staging record, stamped with the clock, the epoch and the ring cursors."""
         if self._closed:
             return
-        record = self.telemetry
-        record["monotonic_ns"] = time.monotonic_ns()
-        record["boot_epoch"] = self.boot_epoch
-        record["residency_sequence"] = self._residency.sequence
-        record["requests_lost"] = self._requests.too_large
+        self._epoch[0] = self.boot_epoch
+        self._residency_sequence[0] = self._residency.sequence
+        self._requests_lost[0] = self._requests.too_large
+        self._stamp[0] = time.monotonic_ns()
         self._telemetry.write()
 
     def push_request(self, sample: RequestSample) -> bool:
@@ -174,7 +169,7 @@ class ServerBlock:
         self._closed = True
 
 
-class _View:
+class _View(ABC):
     """What both views share: a mapping that is followed when its file is replaced."""
 
     _layout: FileLayout
@@ -183,8 +178,9 @@ class _View:
         self._file = file
         self._attach(file, first=True)
 
+    @abstractmethod
     def _attach(self, file: MappedFile, *, first: bool) -> None:
-        raise AssertionError("each view attaches its own readers")
+        """Makes the readers of the regions of `file`; changes nothing when it raises."""
 
     @property
     def boot_epoch(self) -> int:
@@ -221,7 +217,7 @@ class ServerView(_View):
         return cls(MappedFile.open(Path(directory), cls._layout))
 
     def _attach(self, file: MappedFile, *, first: bool) -> None:
-        info = _read_info(file)
+        info = decode_info(bytes(file.region("info")), file.path)
         requests = request_ring.RequestRingReader(file.region("requests"), from_start=not first)
         if not first:
             self._lost_with_file += self._requests.unread()
@@ -273,10 +269,10 @@ class SidecarBlock:
 
     def __init__(self, file: MappedFile) -> None:
         self.boot_epoch = file.boot_epoch
-        self._command = SlotWriter(file.region("command"), COMMAND)
+        self._command = _StampedWriter(file.region("command"), COMMAND)
         self._decisions = decision_log.DecisionLogWriter(file.region("decisions"))
-        self._intent = SlotWriter(file.region("intent"), INTENT)
-        self._curves = SlotWriter(file.region("curves"), CURVES)
+        self._intent = _StampedWriter(file.region("intent"), INTENT)
+        self._curves = _StampedWriter(file.region("curves"), CURVES)
         self._snapshot_request = SlotWriter(file.region("snapshot_request"), _WORD)
         self.command: npt.NDArray[Any] = self._command.record
         """Staging record of `write_command`: filled in place, it is written without a copy."""
@@ -298,7 +294,7 @@ class SidecarBlock:
 
     def write_command(self, record: npt.NDArray[Any]) -> None:
         """Publishes a COMMAND, stamped with the monotonic clock. decide only."""
-        _stamp(self._command, record)
+        self._command.publish(record)
 
     def push_decision(self, record: npt.NDArray[Any]) -> None:
         """Appends a DECISION, stamped with the monotonic clock. decide only."""
@@ -306,11 +302,11 @@ class SidecarBlock:
 
     def write_curves(self, record: npt.NDArray[Any]) -> None:
         """Publishes CURVES, stamped with the monotonic clock. twin only."""
-        _stamp(self._curves, record)
+        self._curves.publish(record)
 
     def write_intent(self, record: npt.NDArray[Any]) -> None:
         """Publishes an INTENT, stamped with the monotonic clock. admin only."""
-        _stamp(self._intent, record)
+        self._intent.publish(record)
 
     def request_snapshot(self) -> None:
         """Asks the server for a residency snapshot. admin only."""
@@ -361,27 +357,90 @@ class SidecarView(_View):
         return int(self._word["count"])
 
 
-def _stamp(writer: SlotWriter, record: npt.NDArray[Any]) -> None:
-    if record is not writer.record:
-        writer.load(record)
-    writer.record["monotonic_ns"] = time.monotonic_ns()
-    writer.write()
+class _StampedWriter(SlotWriter):
+    """A record whose `monotonic_ns` says when it was written."""
+
+    def __init__(self, region: memoryview, dtype: np.dtype[Any]) -> None:
+        super().__init__(region, dtype)
+        self._stamp = self.word("monotonic_ns")
+
+    def publish(self, record: npt.NDArray[Any]) -> None:
+        self.load(record)
+        self._stamp[0] = time.monotonic_ns()
+        self.write()
 
 
-def _read_info(file: MappedFile) -> ServerInfo:
-    raw = bytes(file.region("info"))
-    length = int.from_bytes(raw[4:8], "little")
-    text = raw[_INFO_HEAD : _INFO_HEAD + length]
-    if len(text) != length or crc32(text) != int.from_bytes(raw[:4], "little"):
+def encode_info(info: ServerInfo) -> bytes:
+    """Contents of the info region. `ControlBlockError` when no reader would accept them."""
+    fault = _info_fault(info)
+    if fault is not None:
+        raise ControlBlockError(f"the description of the server cannot be published: {fault}")
+    text = json.dumps(dataclasses.asdict(info), separators=(",", ":")).encode()
+    if len(text) > INFO_BYTES - _INFO_HEAD.size:
+        raise ControlBlockError(
+            f"the description of the server takes {len(text)} bytes, the control block has room "
+            f"for {INFO_BYTES - _INFO_HEAD.size}; use fewer or shorter table names"
+        )
+    return _INFO_HEAD.pack(crc32(text), len(text)) + text
+
+
+def decode_info(raw: bytes, path: Path) -> ServerInfo:
+    """What `encode_info` wrote. `ControlBlockMismatch` for any other bytes."""
+    crc, length = _INFO_HEAD.unpack_from(raw)
+    text = raw[_INFO_HEAD.size : _INFO_HEAD.size + length]
+    if len(text) != length or crc32(text) != crc:
         raise ControlBlockMismatch(
-            f"{file.path}: the description of the server is damaged; restart the server"
+            f"{path}: the description of the server is damaged; restart the server"
         )
     try:
-        return _INFO.validate_json(text)
+        info = _INFO.validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        fault: str | None = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    else:
+        fault = _info_fault(info)
+    if fault is not None:
         raise ControlBlockMismatch(
-            f"{file.path}: the description of the server does not fit this release "
-            f"({where}: {first['msg']}); run the same release on both sides"
-        ) from error
+            f"{path}: the description of the server does not fit this release ({fault}); run the "
+            "same release on both sides"
+        )
+    return info
+
+
+def _info_fault(info: ServerInfo) -> str | None:
+    """What a reader could not live with, in words."""
+    counts = (
+        "extents",
+        "extent_bytes",
+        "page_tokens",
+        "pages_per_extent",
+        "max_sequence_tokens",
+        "drop_block_tokens",
+    )
+    for name in counts:
+        if getattr(info, name) < 1:
+            return f"{name} is {getattr(info, name)}; it must be at least 1"
+    if info.extents > residency.MAX_USERS:
+        return (
+            f"the pool has {info.extents} extents, but at most {residency.MAX_USERS} resident "
+            "users can be named; use larger extents"
+        )
+    if not 0.0 < info.sample_rate <= 1.0:
+        return f"sample_rate is {info.sample_rate}; it must be in (0, 1]"
+    if not 0.0 <= info.alpha_min <= info.alpha_max <= 1.0:
+        return f"alpha_min {info.alpha_min} and alpha_max {info.alpha_max} are no bounds in [0, 1]"
+    if not info.slo_ms > 0.0:
+        return f"slo_ms is {info.slo_ms}; it must be positive"
+    if len(info.classes) > MAX_CLASSES:
+        return f"there are {len(info.classes)} row-width classes; {MAX_CLASSES} at most"
+    for index, row_class in enumerate(info.classes):
+        if row_class.row_bytes < 1 or row_class.rows_per_extent < 1:
+            return f"class {index} has {row_class.row_bytes} bytes per row, " + (
+                f"{row_class.rows_per_extent} rows per extent; both must be at least 1"
+            )
+        if not all(0 <= table < len(info.tables) for table in row_class.tables):
+            return f"class {index} names tables {row_class.tables} of {len(info.tables)}"
+    for table in info.tables:
+        if table.rows < 1 or not 0 <= table.class_index < len(info.classes):
+            return f"table {table.name} has {table.rows} rows in class {table.class_index}"
+    return None

@@ -13,6 +13,7 @@ import os
 import secrets
 import stat
 import struct
+import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -117,6 +118,8 @@ class MappedFile:
 
     def __init__(self, path: Path, layout: FileLayout, fd: int, *, writable: bool) -> None:
         """Checks and maps the open file `fd`. `ControlBlockMismatch` when it is not ours."""
+        if sys.byteorder != "little":
+            raise ControlBlockError("the control block needs a little-endian machine")
         self.path = path
         self.layout = layout
         status = os.fstat(fd)

@@ -56,27 +56,33 @@ class SlotWriter:
         self._checked = buffer[4 : _HEAD_BYTES + dtype.itemsize]
         self._payload = buffer[_HEAD_BYTES : _HEAD_BYTES + dtype.itemsize]
         self._crc = buffer[:4].cast("I")
-        self._words = buffer[:16].cast("Q")
+        self._head = buffer[:_HEAD_BYTES].cast("Q")
         buffer[4:8].cast("I")[0] = dtype.itemsize
-        self.record: npt.NDArray[Any] = np.frombuffer(
-            buffer, dtype=dtype, count=1, offset=_HEAD_BYTES
-        ).reshape(())
+        self.record: npt.NDArray[Any] = np.frombuffer(self._payload, dtype, 1).reshape(())
         reader = SlotReader(region, dtype)
         reader.read(self.record)
         self.sequence = reader.sequence
 
-    def write(self, record: npt.NDArray[Any] | None = None) -> None:
-        """Publishes the staging record, or a copy of another one taken into it first."""
-        if record is not None and record is not self.record:
-            self.load(record)
+    def word(self, field: str) -> memoryview:
+        """A field of the staging record as one writable element: several times cheaper to store
+        than through numpy. The field is an 8-byte integer."""
+        kind, offset = self._dtype.fields[field][:2] if self._dtype.fields else (None, 0)
+        if kind not in ("<i8", "<u8"):
+            raise ControlBlockError(f"{field} of {self._dtype} is no 8-byte integer")
+        return self._payload[offset : offset + 8].cast("q" if kind == "<i8" else "Q")
+
+    def write(self) -> None:
+        """Publishes the staging record."""
         sequence = self.sequence + 1
-        self._words[1] = sequence
+        self._head[1] = sequence
         self._crc[0] = crc32(self._checked)
         self._slots[sequence & 1][:] = self._staging
         self.sequence = sequence
 
     def load(self, record: npt.NDArray[Any]) -> None:
-        """Copies a record into the staging record."""
+        """Takes a copy of a record into the staging record, unless it is that."""
+        if record is self.record:
+            return
         if record.dtype is not self._dtype or record.size != 1:
             check_record(record, self._dtype)
         self._payload[:] = record.tobytes()
@@ -87,36 +93,37 @@ class SlotReader:
 
     def __init__(self, region: memoryview, dtype: np.dtype[Any]) -> None:
         size = slot_bytes(dtype)
-        self._dtype = dtype
         end = _HEAD_BYTES + dtype.itemsize
+        self._dtype = dtype
         self._slots = (region[:end], region[size : size + end])
-        self._words = region[: 2 * size].cast("Q")
+        self._sequences = region[: 2 * size].cast("Q")
         self._second = size // 8 + 1
         scratch = memoryview(bytearray(end))
         self._scratch = scratch
         self._checked = scratch[4:]
         self._payload = scratch[_HEAD_BYTES:]
-        self._crc = scratch[:4].cast("I")
-        self._head = scratch[:16].cast("Q")
-        # CRC and size share the first word; the size is compared with the CRC still in it.
-        self._size = scratch[4:8].cast("I")
+        self._crc_and_size = scratch[:8].cast("I")
+        self._head = scratch[:_HEAD_BYTES].cast("Q")
         self._into: npt.NDArray[Any] | None = None
         self._into_bytes = scratch[:0]
         self.sequence = 0
-        """Of the newest record that was read; 0 before the first."""
+        """Of the record that was read last; 0 before the first."""
 
     def read(self, into: npt.NDArray[Any]) -> bool:
         """Copies the newest valid record into `into` (one record of the dtype).
 
-        False, `into` untouched: there is none, or none that is at least as new as the last one.
+        False, `into` untouched: no slot could be read. That is so before the first write; later it
+        means damage, or a writer that is far faster than this reader, and the caller keeps what
+        it has.
         """
         if into is not self._into:
             self._bind(into)
-        words = self._words
+        sequences = self._sequences
         for _ in range(READ_RETRIES):
-            first, second = words[1], words[self._second]
+            first, second = sequences[1], sequences[self._second]
             if not first and not second:
                 return False
+            # While the newer slot is being written the other one holds the newest whole record.
             newer = first < second
             if self._load(newer) or self._load(not newer):
                 self._into_bytes[:] = self._payload
@@ -125,13 +132,13 @@ class SlotReader:
 
     def _load(self, index: int) -> bool:
         self._scratch[:] = self._slots[index]
+        crc, size = self._crc_and_size
         sequence = self._head[1]
         if (
-            sequence < self.sequence
+            crc32(self._checked) != crc
+            or size != len(self._payload)
             or sequence & 1 != index
             or not sequence
-            or crc32(self._checked) != self._crc[0]
-            or self._size[0] != len(self._payload)
         ):
             return False
         self.sequence = sequence

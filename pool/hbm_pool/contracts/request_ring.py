@@ -40,8 +40,7 @@ _SAMPLE_HEAD: Final = 48  # arrays of 8-byte keys start aligned
 CURSOR: Final = np.dtype(
     [
         ("head", "<u8"),  # bytes written since the start
-        ("next_sequence", "<u8"),  # samples offered since the start
-        ("too_large", "<u8"),  # of them not stored
+        ("next_sequence", "<u8"),  # samples offered since the start, too large ones included
     ],
     align=True,
 )
@@ -136,9 +135,12 @@ class RequestRingWriter:
         self._marks = region[_MARKS_OFFSET : _MARKS_OFFSET + SEGMENTS * _MARK_BYTES]
         self._data = region[_DATA_OFFSET : _DATA_OFFSET + RING_BYTES]
         self._segment = -1
+        self._head_word = self._cursor.word("head")
+        self._next_sequence_word = self._cursor.word("next_sequence")
         self.head = 0
         self.next_sequence = 0
         self.too_large = 0
+        """Samples that were not stored for their size."""
 
     def push(self, sample: RequestSample) -> bool:
         """Appends a sample; False when it is too large, which counts as lost."""
@@ -150,11 +152,9 @@ class RequestRingWriter:
         else:
             self.too_large += 1
         self.next_sequence += 1
-        cursor = self._cursor
-        cursor.record["head"] = self.head
-        cursor.record["next_sequence"] = self.next_sequence
-        cursor.record["too_large"] = self.too_large
-        cursor.write()
+        self._head_word[0] = self.head
+        self._next_sequence_word[0] = self.next_sequence
+        self._cursor.write()
         return stored
 
     def _append(self, payload: bytes, total: int) -> None:
@@ -205,11 +205,9 @@ class RequestRingReader:
         self._expected = 0
         if not from_start:
             head, next_sequence = self._read_cursor()
-            marks = self._marks_within(-1, head)
-            start = marks[0] if marks else _Mark(head, next_sequence)
-            if head <= RING_BYTES and start.sequence <= next_sequence:
-                start = _Mark(0, 0)
-            self._position, self._expected = start
+            if head > RING_BYTES:
+                marks = self._marks_within(0, head)
+                self._position, self._expected = marks[0] if marks else (head, next_sequence)
 
     def unread(self) -> int:
         """Samples offered by the writer that this reader has neither got nor counted as lost."""

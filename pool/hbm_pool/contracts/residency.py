@@ -31,9 +31,9 @@ MAX_SHARDS: Final = 1 << 14
 
 _EVENT: Final = struct.Struct("<QqI")
 _EVENT_BYTES: Final = 24
+_NEVER_WRITTEN: Final = bytes(_EVENT_BYTES)
 _EVENT_DTYPE: Final = np.dtype([("sequence", "<u8"), ("user", "<i8"), ("tokens_crc", "<u8")])
 EVENTS_BYTES: Final = RING_EVENTS * _EVENT_BYTES
-_MAX_TOKENS: Final = 0xFFFFFFFF
 
 SNAPSHOT: Final = np.dtype(
     [
@@ -59,7 +59,13 @@ class EventRingWriter:
     def push(self, user: int, tokens: int) -> int:
         """Appends an event (0 tokens: evicted) and returns its sequence."""
         sequence = self.sequence + 1
-        event = _EVENT.pack(sequence, user, tokens if tokens <= _MAX_TOKENS else _MAX_TOKENS)
+        try:
+            event = _EVENT.pack(sequence, user, tokens)
+        except struct.error as error:
+            raise ControlBlockError(
+                f"user {user} with {tokens} tokens is no residency event: a user is a signed "
+                "64-bit hash, tokens lie in [0, 2^32)"
+            ) from error
         offset = sequence % RING_EVENTS * _EVENT_BYTES
         self._ring[offset : offset + _EVENT_BYTES] = event + crc32(event).to_bytes(4, "little")
         self.sequence = sequence
@@ -76,51 +82,57 @@ class EventRingReader:
         """Sequence of the next event."""
 
     def read(self) -> tuple[list[ResidencyEvent], bool]:
-        """Events in order, and whether some were lost behind them.
+        """Events in order (a ring full at most), and whether some were lost behind them.
 
         After a loss reading goes on behind the newest event: the reader needs a snapshot.
         """
         events: list[ResidencyEvent] = []
-        for _ in range(RING_EVENTS):
+        retries = 0
+        while len(events) < RING_EVENTS:
             event = self._load(self.expected)
-            if event is None:
-                break
-            events.append(event)
-            self.expected += 1
-        else:
-            return events, False
-        for _ in range(READ_RETRIES):
+            if event is None and retries < READ_RETRIES:
+                retries += 1  # being written right now, or damaged
+                continue
+            if event is not None and event.sequence == self.expected:
+                events.append(event)
+                self.expected += 1
+                retries = 0
+                continue
+            if event is not None and event.sequence < self.expected:
+                break  # what was written a lap ago: the next event is still to come
             newest = self._newest()
             if newest < self.expected:
-                return events, False
-            # It may have been written between the two looks.
-            event = self._load(self.expected)
-            if event is None:
-                self.expected = newest + 1
-                return events, True
-            events.append(event)
-            self.expected += 1
+                break
+            self.expected = newest + 1
+            return events, True
         return events, False
 
     def _load(self, sequence: int) -> ResidencyEvent | None:
+        """What lies in the place of an event: that one or another; None when it is not whole."""
         offset = sequence % RING_EVENTS * _EVENT_BYTES
         raw = bytes(self._ring[offset : offset + _EVENT_BYTES])
+        if raw == _NEVER_WRITTEN:
+            return UserEvicted(0, 0)
         found, user, tokens = _EVENT.unpack_from(raw)
-        if found != sequence or crc32(raw[:20]) != int.from_bytes(raw[20:], "little"):
+        if (
+            found % RING_EVENTS != sequence % RING_EVENTS
+            or not found
+            or crc32(raw[:20]) != int.from_bytes(raw[20:], "little")
+        ):
             return None
-        return UserCached(sequence, user, tokens) if tokens else UserEvicted(sequence, user)
+        return UserCached(found, user, tokens) if tokens else UserEvicted(found, user)
 
     def _newest(self) -> int:
-        """Sequence of the newest valid event in the ring; 0 while it is empty."""
+        """Sequence of the newest whole event in the ring; 0 while it is empty."""
         sequences = self._sequences.copy()
-        slots = np.arange(RING_EVENTS, dtype=np.uint64)
-        sequences[sequences % np.uint64(RING_EVENTS) != slots] = 0
         while True:
-            slot = int(np.argmax(sequences))
-            sequence = int(sequences[slot])
-            if sequence == 0 or self._load(sequence) is not None:
-                return sequence
-            sequences[slot] = 0
+            place = int(np.argmax(sequences))
+            if not sequences[place]:
+                return 0
+            event = self._load(place)
+            if event is not None:
+                return event.sequence
+            sequences[place] = 0
 
 
 class SnapshotWriter:
