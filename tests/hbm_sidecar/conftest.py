@@ -22,7 +22,7 @@ import redis as redis_client
 DEADLINE_S = 60.0
 
 
-def wait_for(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
     """The first truthy value of `condition`; fails with `what` after the deadline."""
     until = time.monotonic() + deadline_s
     while True:
@@ -40,7 +40,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether a process runs (a zombie does not)."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -99,7 +99,7 @@ class Redis:
              "--appendonly", "no", "--dir", str(self._directory), "--daemonize", "no"],
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        wait_for(self._answers, "redis answers")
+        wait_until(self._answers, "redis answers")
 
     def _answers(self) -> bool:
         with contextlib.suppress(redis_client.RedisError):
@@ -141,7 +141,9 @@ class Sidecar:
         )
 
     def wait_ready(self) -> dict[str, Any]:
-        wait_for(lambda: self.ready_file.exists() or self.process.poll() is not None, "ready file")
+        wait_until(
+            lambda: self.ready_file.exists() or self.process.poll() is not None, "ready file"
+        )
         assert self.process.poll() is None, self.log.read_text()
         return json.loads(self.ready_file.read_text())
 
@@ -172,7 +174,7 @@ class Sidecar:
         return json.loads(path.read_text())["children"] if path.exists() else {}
 
     def pid(self, child: str) -> int:
-        return wait_for(lambda: self.children().get(child, {}).get("pid"), f"{child} runs")
+        return wait_until(lambda: self.children().get(child, {}).get("pid"), f"{child} runs")
 
     def stop(self) -> int:
         if self.process.poll() is None:
@@ -186,6 +188,21 @@ class Sidecar:
 def hbm() -> str:
     """The command, as installed beside this interpreter."""
     return str(Path(sys.executable).with_name("hbm"))
+
+
+@pytest.fixture
+def wait_for() -> Callable[..., Any]:
+    return wait_until
+
+
+@pytest.fixture
+def alive() -> Callable[[int], bool]:
+    return is_alive
+
+
+@pytest.fixture
+def hbm_command() -> str:
+    return hbm()
 
 
 @pytest.fixture

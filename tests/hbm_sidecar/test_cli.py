@@ -1,0 +1,133 @@
+"""What a wrong command line gets: exit 2 and one line, before anything starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def run(hbm_command, run_dir):
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [hbm_command, *arguments],
+            capture_output=True,
+            text=True,
+            env=os.environ | environment,
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--alpha-min", "0.8", "--alpha-max", "0.2"), "alpha"),
+        (("--alpha-min", "many"), "--alpha-min"),
+        (("--mode", "turbo"), "--mode"),
+        (("--mode", "fixed"), "ALPHA_FIXED"),
+        (("--no-such-flag",), "--no-such-flag"),
+        (("--redis-url", "http://x", "--node-url", "http://n"), "--redis-url"),
+        (("--redis-url", "redis://x"), "node_url"),
+        (("--node", "a b"), "--node"),
+        (("--host", "256.1.1.1"), "--host"),
+        (("--tick-ms", "0"), "--tick-ms"),
+    ],
+)
+def test_wrong_flags(run, run_dir, flags, said) -> None:
+    result = run("sidecar", "--run-dir", str(run_dir), "--port", "0", *flags)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert said in result.stderr
+    assert not (run_dir / "sidecar.cb").exists()
+
+
+def test_a_wrong_variable_is_named(run, run_dir) -> None:
+    result = run("sidecar", "--run-dir", str(run_dir), HBM_ALPHA_MAX="0.01")
+    assert result.returncode == 2
+    assert "HBM_ALPHA_MAX" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_busy_port(run, run_dir) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = run("sidecar", "--run-dir", str(run_dir), "--port", port)
+    assert result.returncode == 2
+    assert port in result.stderr
+    assert "--port 0" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_run_dir_that_cannot_be_made(run, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run("sidecar", "--run-dir", str(tmp_path / "file" / "run"), "--port", "0")
+    assert result.returncode == 2
+    assert "--run-dir" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_second_sidecar_in_the_same_directory(run, start_sidecar, run_dir) -> None:
+    first = start_sidecar()
+    first.wait_ready()
+    result = run("sidecar", "--run-dir", str(run_dir), "--port", "0")
+    assert result.returncode == 2
+    assert str(first.process.pid) in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert first.public("/healthz").status_code == 200
+
+
+def test_help_names_every_flag_of_the_contract(run) -> None:
+    text = run("sidecar", "--help").stdout
+    flags = (
+        "--run-dir --node --node-url --namespace --redis-url --mode --alpha-min --alpha-max "
+        "--alpha-fixed --slo-ms --tick-ms --refill-bytes-per-s --port --ready-file"
+    )
+    for flag in flags.split():
+        assert flag in text
+
+
+def test_explain_over_the_socket_and_from_the_file(
+    run, start_sidecar, start_server, wait_for, run_dir
+) -> None:
+    sidecar = start_sidecar("--mode", "fixed", "--alpha-fixed", "0.4", "--tick-ms", "50")
+    server = start_server()
+    wait_for(lambda: abs(server.tell()["alpha"] - 0.4) < 0.01, "converged")
+    live = run("explain", "--run-dir", str(run_dir), "--last", "5", "--json")
+    assert live.returncode == 0
+    decisions = json.loads(live.stdout)
+    assert len(decisions) == 5
+    assert [each["tick"] for each in decisions] == sorted(each["tick"] for each in decisions)
+    assert decisions[-1]["mode"] == "fixed"
+    assert decisions[-1]["text"]
+    lines = run("explain", "--run-dir", str(run_dir), "--last", "3").stdout.splitlines()
+    assert len(lines) == 3
+    assert all("α=" in line and "mode fixed" in line for line in lines)
+    sidecar.stop()
+    dead = run("explain", "--run-dir", str(run_dir), "--last", "5", "--json")
+    assert dead.returncode == 0
+    assert json.loads(dead.stdout)[-1]["tick"] >= decisions[-1]["tick"]
+
+
+def test_explain_without_a_sidecar(run, tmp_path) -> None:
+    result = run("explain", "--run-dir", str(tmp_path))
+    assert result.returncode == 2
+    assert "--run-dir" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_explain_of_a_foreign_file(run, tmp_path: Path) -> None:
+    (tmp_path / "sidecar.cb").write_bytes(b"no control block" * 1000)
+    result = run("explain", "--run-dir", str(tmp_path))
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "sidecar.cb" in result.stderr

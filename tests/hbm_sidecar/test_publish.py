@@ -1,0 +1,188 @@
+"""What the router will find in a real Redis."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytest
+from hbm_pool.contracts import digest as codec
+from hbm_pool.contracts.identity import digest_key
+
+NAMESPACE, NODE = "shop", "node-1"
+
+
+@pytest.fixture
+def flags(redis) -> tuple[str, ...]:
+    return (
+        *("--mode", "hold", "--heartbeat-ms", "100", "--stale-ms", "500"),
+        *("--redis-url", redis.url, "--namespace", NAMESPACE),
+        *("--node", NODE, "--node-url", "http://10.0.0.1:8000"),
+    )
+
+
+def digest_of(redis: Any) -> dict[int, int] | None:
+    """Tokens by key, as the router would decode them; None while there is none."""
+    blob = redis.client.get(codec.digest_key_name(NAMESPACE, NODE))
+    if blob is None:
+        return None
+    digest = codec.decode_digest(blob)
+    return dict(zip(digest.keys.tolist(), digest.tokens.tolist(), strict=True))
+
+
+def decoded(redis: Any) -> codec.Digest:
+    return codec.decode_digest(redis.client.get(codec.digest_key_name(NAMESPACE, NODE)))
+
+
+def state_of(redis: Any) -> codec.NodeState | None:
+    fields = redis.client.hgetall(codec.node_key(NAMESPACE, NODE))
+    return codec.node_from_hash(fields) if fields else None
+
+
+def residents(server: Any) -> dict[int, int]:
+    return {digest_key(user): tokens for user, tokens in server.tell()["residents"]}
+
+
+def test_heartbeat_and_digest(start_sidecar, start_server, redis, wait_for, flags) -> None:
+    server, sidecar = start_server(), start_sidecar(*flags)
+    server.tell(cached=[[5, 16], [-9, 64], [1 << 50, 32]], set={"queue_depth": 3, "alpha": 0.25})
+    wait_for(lambda: digest_of(redis) == residents(server), "the digest names the residents")
+    wait_for(lambda: state_of(redis).queue_depth == 3, "the heartbeat tells the load")
+    state = state_of(redis)
+    assert (state.name, state.url, state.model) == (NODE, "http://10.0.0.1:8000", "test-model")
+    assert (state.boot_epoch, state.page_tokens) == (server.boot_epoch, 16)
+    assert state.alpha == 0.25
+    assert state.cost_token_ms == 0.01
+    wait_for(lambda: len(decoded(redis).shard_rows) == 8, "EMB coverage is known")
+    assert redis.client.zscore(codec.nodes_key(NAMESPACE), NODE) > 0
+    for key in (codec.node_key(NAMESPACE, NODE), codec.digest_key_name(NAMESPACE, NODE)):
+        assert 0 < redis.client.pttl(key) <= 5 * 100
+    server.tell(cached=[[5, 0], [7, 48]])
+    wait_for(lambda: digest_of(redis) == residents(server), "changes follow")
+    assert sidecar.metric("hbm_sidecar_digest_bytes") > 0
+    assert sidecar.metric("hbm_sidecar_redis_up") == 1
+
+
+def test_state_and_digest_agree(start_sidecar, start_server, redis, wait_for, flags) -> None:
+    server = start_server()
+    start_sidecar(*flags)
+    server.tell(cached=[[5, 16]])
+
+    def agree() -> bool:
+        pipe = redis.client.pipeline(transaction=True)
+        pipe.hgetall(codec.node_key(NAMESPACE, NODE))
+        pipe.get(codec.digest_key_name(NAMESPACE, NODE))
+        fields, blob = pipe.execute()
+        if not fields or not blob:
+            return False
+        state = codec.node_from_hash(fields)
+        assert codec.digest_crc(blob) == state.digest_crc
+        assert codec.decode_digest(blob).sequence == state.digest_sequence
+        return digest_of(redis) == {5: 16}
+
+    wait_for(agree, "one transaction names one digest")
+
+
+def test_digest_is_exact_after_a_gap_in_the_ring(
+    start_sidecar, start_server, redis, wait_for, flags
+) -> None:
+    server, sidecar = start_server(), start_sidecar(*flags)
+    server.tell(cached=[[1, 16], [2, 32]])
+    wait_for(lambda: digest_of(redis) == residents(server), "in step")
+    admin = sidecar.pid("admin")
+    os.kill(admin, signal.SIGSTOP)
+    try:
+        server.tell(flood=70_000)
+    finally:
+        os.kill(admin, signal.SIGCONT)
+    wait_for(lambda: sidecar.metric("hbm_sidecar_residency_gaps_total") >= 1, "the gap is seen")
+    wait_for(lambda: sidecar.metric("hbm_sidecar_residency_exact") == 1, "a snapshot is taken over")
+    wait_for(lambda: digest_of(redis) == residents(server), "in step again")
+    assert sidecar.metric("hbm_sidecar_residency_snapshots_taken_total") >= 1
+    server.tell(cached=[[1, 0], [99, 160]])
+    wait_for(lambda: digest_of(redis) == residents(server), "events go on behind the snapshot")
+
+
+def test_digest_is_exact_after_admin_was_killed(
+    start_sidecar, start_server, redis, wait_for, flags
+) -> None:
+    server, sidecar = start_server(), start_sidecar(*flags)
+    server.tell(cached=[[user, 16] for user in range(100)])
+    wait_for(lambda: digest_of(redis) == residents(server), "in step")
+    before = state_of(redis)
+    os.kill(sidecar.pid("admin"), signal.SIGKILL)
+    server.tell(cached=[[user, 0] for user in range(0, 100, 2)])
+    wait_for(lambda: digest_of(redis) == residents(server), "in step again")
+    after = state_of(redis)
+    assert after.sequence > before.sequence
+    assert after.digest_sequence > before.digest_sequence
+
+
+def test_redis_may_die_and_come_back_empty(
+    start_sidecar, start_server, redis, wait_for, flags
+) -> None:
+    server, sidecar = start_server(), start_sidecar(*flags)
+    server.tell(cached=[[5, 16]])
+    wait_for(lambda: digest_of(redis) == {5: 16}, "published")
+    redis.kill()
+    wait_for(lambda: sidecar.metric("hbm_sidecar_redis_up") == 0, "noticed")
+    assert sidecar.metric("hbm_sidecar_redis_errors_total") > 0
+    assert sidecar.state()["redis"]["error"]
+    server.tell(cached=[[6, 32]])
+    wait_for(lambda: sidecar.state()["residency"]["users"] == 2, "the mirror goes on")
+    assert sidecar.public("/readyz").status_code == 200
+    redis.start()
+    wait_for(lambda: digest_of(redis) == {5: 16, 6: 32}, "the whole digest is back")
+    assert state_of(redis) is not None
+
+
+def test_keys_lost_in_redis_come_back(start_sidecar, start_server, redis, wait_for, flags) -> None:
+    server = start_server()
+    start_sidecar(*flags)
+    server.tell(cached=[[5, 16]])
+    wait_for(lambda: digest_of(redis) == {5: 16}, "published")
+    redis.client.flushall()
+    wait_for(lambda: digest_of(redis) == {5: 16}, "published again")
+
+
+def test_a_dead_server_leaves_the_routers_sight(
+    start_sidecar, start_server, redis, wait_for, flags
+) -> None:
+    server = start_server()
+    start_sidecar(*flags)
+    server.tell(cached=[[5, 16]])
+    wait_for(lambda: digest_of(redis) == {5: 16}, "published")
+    server.kill()
+    wait_for(lambda: state_of(redis) is None and digest_of(redis) is None, "keys have expired")
+    again = start_server()
+    wait_for(lambda: digest_of(redis) == {}, "the new server holds nobody")
+    assert state_of(redis).boot_epoch == again.boot_epoch
+
+
+def test_a_stopped_sidecar_removes_its_node_at_once(
+    start_sidecar, start_server, redis, wait_for, flags
+) -> None:
+    server, sidecar = start_server(), start_sidecar(*flags)
+    server.tell(cached=[[5, 16]])
+    wait_for(lambda: digest_of(redis) == {5: 16}, "published")
+    assert sidecar.stop() == 0
+    assert redis.client.keys("hbm:*") == []
+
+
+def test_draining_is_passed_on(start_sidecar, start_server, redis, wait_for, flags) -> None:
+    server = start_server()
+    start_sidecar(*flags)
+    server.tell(set={"draining": 1})
+    wait_for(lambda: (state := state_of(redis)) and state.draining, "draining is published")
+
+
+def test_senseless_telemetry_is_not_published(
+    start_sidecar, start_server, redis, wait_for, flags
+) -> None:
+    server, sidecar = start_server(), start_sidecar(*flags)
+    server.tell(set={"alpha": 7.0})
+    wait_for(lambda: sidecar.metric("hbm_sidecar_redis_errors_total") > 0, "counted")
+    assert state_of(redis) is None
+    server.tell(set={"alpha": 0.5})
+    wait_for(lambda: state_of(redis), "published once it makes sense")
