@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from enum import IntEnum
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -226,6 +226,8 @@ class ServerInfo:
     slo_ms: float
     device: str
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    kv_eviction: Literal["tail", "whole"] = "tail"
+    """What the coldest user loses when KV needs room (`PoolConfig.kv_eviction`)."""
 
 
 class RequestSample(NamedTuple):

@@ -1,6 +1,6 @@
 """A lossy byte ring of request samples: one writer, any number of readers, none of which it knows.
 
-Positions count bytes since the start and never wrap; a record lies at `position % RING_BYTES`,
+Positions count bytes since the start and never wrap; a record lies at `position % ring bytes`,
 aligned to 16 bytes, and never crosses the end. Every sample the server offered has a sequence
 number, so a reader counts what it lost exactly, whether it was overrun, the sample was too large
 or the bytes are damaged. A reader that lost its place goes on at the next mark: the first record
@@ -22,11 +22,10 @@ from hbm_pool.contracts.record_slots import SlotReader, SlotWriter, slots_bytes
 from hbm_pool.contracts.records import RequestSample
 
 RING_BYTES: Final = 8 << 20
-MAX_RECORD_BYTES: Final = RING_BYTES // 8
-"""A larger sample is counted as lost: it would push out too many others."""
 SEGMENTS: Final = 32
+MAX_RECORD_SHARE: Final = 8
+"""A sample larger than this part of the ring is lost: it would push out too many others."""
 
-_SEGMENT_BYTES: Final = RING_BYTES // SEGMENTS
 _RECORD: Final = struct.Struct("<IIQ")
 _ALIGN: Final = 16
 _SKIP: Final = 0xFFFFFFFF  # payload bytes of the record that says "go on at the start of the ring"
@@ -125,15 +124,29 @@ def decode_sample(payload: bytes) -> RequestSample | None:
     )
 
 
-class RequestRingWriter:
+class _Ring:
+    """The parts of the region. The size of the ring follows from the size of the region."""
+
+    def __init__(self, region: memoryview) -> None:
+        self._cursor_slots = region[:_CURSOR_BYTES]
+        self._reserve = region[_RESERVE_OFFSET : _RESERVE_OFFSET + 8].cast("Q")
+        self._marks = region[_MARKS_OFFSET : _MARKS_OFFSET + SEGMENTS * _MARK_BYTES]
+        self._data = region[_DATA_OFFSET:]
+        self._ring_bytes = len(self._data)
+        self._segment_bytes = self._ring_bytes // SEGMENTS
+        if self._ring_bytes == 0 or self._ring_bytes % (SEGMENTS * _ALIGN):
+            raise ControlBlockError(
+                f"a request ring of {self._ring_bytes} bytes is no multiple of {SEGMENTS * _ALIGN}"
+            )
+
+
+class RequestRingWriter(_Ring):
     """Appends samples. One thread; it never waits for a reader."""
 
     def __init__(self, region: memoryview) -> None:
         """`region` is all zeros: a server makes a new file at each boot."""
-        self._cursor = SlotWriter(region[:_CURSOR_BYTES], CURSOR)
-        self._reserve = region[_RESERVE_OFFSET : _RESERVE_OFFSET + 8].cast("Q")
-        self._marks = region[_MARKS_OFFSET : _MARKS_OFFSET + SEGMENTS * _MARK_BYTES]
-        self._data = region[_DATA_OFFSET : _DATA_OFFSET + RING_BYTES]
+        super().__init__(region)
+        self._cursor = SlotWriter(self._cursor_slots, CURSOR)
         self._segment = -1
         self._head_word = self._cursor.word("head")
         self._next_sequence_word = self._cursor.word("next_sequence")
@@ -146,7 +159,7 @@ class RequestRingWriter:
         """Appends a sample; False when it is too large, which counts as lost."""
         payload = encode_sample(sample)
         size = _RECORD.size + len(payload)
-        stored = size <= MAX_RECORD_BYTES
+        stored = size <= self._ring_bytes // MAX_RECORD_SHARE
         if stored:
             self._append(payload, -(-size // _ALIGN) * _ALIGN)
         else:
@@ -159,8 +172,8 @@ class RequestRingWriter:
 
     def _append(self, payload: bytes, total: int) -> None:
         position = self.head
-        offset = position % RING_BYTES
-        room = RING_BYTES - offset
+        offset = position % self._ring_bytes
+        room = self._ring_bytes - offset
         sequence = self.next_sequence
         # Readers hear of the overwriting before it begins; CRC and sequence are the proof.
         if total > room:
@@ -171,7 +184,7 @@ class RequestRingWriter:
         else:
             self._reserve[0] = position + total
         self._store(offset, len(payload), sequence, payload)
-        segment = position // _SEGMENT_BYTES
+        segment = position // self._segment_bytes
         if segment != self._segment:
             self._segment = segment
             place = segment % SEGMENTS * _MARK_BYTES
@@ -190,22 +203,20 @@ class _Mark(NamedTuple):
     sequence: int
 
 
-class RequestRingReader:
+class RequestRingReader(_Ring):
     """Reads samples from its own place on; independent of other readers and of the writer."""
 
     def __init__(self, region: memoryview, *, from_start: bool) -> None:
         """`from_start`: everything since the boot counts (a reader that saw the boot before);
         otherwise it begins with what the ring still holds, and nothing is lost yet."""
-        self._cursor = SlotReader(region[:_CURSOR_BYTES], CURSOR)
+        super().__init__(region)
+        self._cursor = SlotReader(self._cursor_slots, CURSOR)
         self._state = np.zeros((), dtype=CURSOR)
-        self._reserve = region[_RESERVE_OFFSET : _RESERVE_OFFSET + 8].cast("Q")
-        self._marks = region[_MARKS_OFFSET : _MARKS_OFFSET + SEGMENTS * _MARK_BYTES]
-        self._data = region[_DATA_OFFSET : _DATA_OFFSET + RING_BYTES]
         self._position = 0
         self._expected = 0
         if not from_start:
             head, next_sequence = self._read_cursor()
-            if head > RING_BYTES:
+            if head > self._ring_bytes:
                 marks = self._marks_within(0, head)
                 self._position, self._expected = marks[0] if marks else (head, next_sequence)
 
@@ -220,17 +231,20 @@ class RequestRingReader:
         lost = 0
         while len(samples) < limit and self._position < head:
             position = self._position
-            offset = position % RING_BYTES
+            if head - position > self._ring_bytes:
+                self._position = self._resume(position, head)
+                continue
+            offset = position % self._ring_bytes
             size, sequence, payload = self._load(position, offset)
             if size == _SKIP:
-                self._position = position + RING_BYTES - offset
+                self._position = position + self._ring_bytes - offset
                 continue
             sample = None
             if payload is not None and self._expected <= sequence < next_sequence:
                 sample = decode_sample(payload)
             if sample is None:
-                # Overrun or damaged: what lies between here and the mark is counted when the
-                # next sample names its sequence.
+                # Overrun meanwhile, or damaged. What lies between here and the next mark is
+                # counted when the next sample names its sequence.
                 self._position = self._resume(position, head)
                 continue
             lost += sequence - self._expected
@@ -244,16 +258,17 @@ class RequestRingReader:
 
     def _read_cursor(self) -> tuple[int, int]:
         self._cursor.read(self._state)
-        return int(self._state["head"]), int(self._state["next_sequence"])
+        head = int(self._state["head"])
+        return head - head % _ALIGN, int(self._state["next_sequence"])
 
     def _load(self, position: int, offset: int) -> tuple[int, int, bytes | None]:
         """(payload bytes, sequence, payload); payload None when there is no valid record."""
         crc, size, sequence = _RECORD.unpack_from(self._data, offset)
         length = 0 if size == _SKIP else size
-        if length > RING_BYTES - offset - _RECORD.size:
+        if length > self._ring_bytes - offset - _RECORD.size:
             return 0, 0, None
         raw = bytes(self._data[offset + 4 : offset + _RECORD.size + length])
-        if self._reserve[0] - position > RING_BYTES or crc32(raw) != crc:
+        if self._reserve[0] - position > self._ring_bytes or crc32(raw) != crc:
             return 0, 0, None
         # The sequence is taken from the bytes that were checked.
         size = int.from_bytes(raw[:4], "little")
@@ -268,7 +283,7 @@ class RequestRingReader:
 
     def _marks_within(self, position: int, head: int) -> list[_Mark]:
         """Valid marks behind `position`, oldest first, that will not be overwritten at once."""
-        oldest = max(position + 1, head - RING_BYTES + 2 * _SEGMENT_BYTES)
+        oldest = max(position + 1, head - self._ring_bytes + 2 * self._segment_bytes)
         marks = []
         raw = bytes(self._marks)
         for place in range(0, SEGMENTS * _MARK_BYTES, _MARK_BYTES):

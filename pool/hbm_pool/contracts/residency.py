@@ -1,7 +1,7 @@
 """Who is resident: a ring of events, and a snapshot for a reader that lost its place.
 
-Event i of a boot (the first has sequence 1) lies at `i % RING_EVENTS`. An event names its own
-sequence under a CRC, so the ring needs no cursor. The snapshot lies in one of two buffers; a
+Event i of a boot (the first has sequence 1) lies at place `i % events of the ring` and names its
+own sequence under a CRC, so the ring needs no cursor. The snapshot lies in one of two buffers; a
 record in two slots says which one is whole.
 """
 
@@ -53,8 +53,11 @@ class EventRingWriter:
     """Appends residency events. One thread."""
 
     def __init__(self, region: memoryview) -> None:
+        """`region` is all zeros: a server makes a new file at each boot."""
         self._ring = region
+        self._capacity = len(region) // _EVENT_BYTES
         self.sequence = 0
+        """Of the newest event."""
 
     def push(self, user: int, tokens: int) -> int:
         """Appends an event (0 tokens: evicted) and returns its sequence."""
@@ -66,7 +69,7 @@ class EventRingWriter:
                 f"user {user} with {tokens} tokens is no residency event: a user is a signed "
                 "64-bit hash, tokens lie in [0, 2^32)"
             ) from error
-        offset = sequence % RING_EVENTS * _EVENT_BYTES
+        offset = sequence % self._capacity * _EVENT_BYTES
         self._ring[offset : offset + _EVENT_BYTES] = event + crc32(event).to_bytes(4, "little")
         self.sequence = sequence
         return sequence
@@ -77,6 +80,7 @@ class EventRingReader:
 
     def __init__(self, region: memoryview) -> None:
         self._ring = region
+        self._capacity = len(region) // _EVENT_BYTES
         self._sequences: npt.NDArray[Any] = np.frombuffer(region, dtype=_EVENT_DTYPE)["sequence"]
         self.expected = 1
         """Sequence of the next event."""
@@ -88,7 +92,7 @@ class EventRingReader:
         """
         events: list[ResidencyEvent] = []
         retries = 0
-        while len(events) < RING_EVENTS:
+        while len(events) < self._capacity:
             event = self._load(self.expected)
             if event is None and retries < READ_RETRIES:
                 retries += 1  # being written right now, or damaged
@@ -109,13 +113,13 @@ class EventRingReader:
 
     def _load(self, sequence: int) -> ResidencyEvent | None:
         """What lies in the place of an event: that one or another; None when it is not whole."""
-        offset = sequence % RING_EVENTS * _EVENT_BYTES
+        offset = sequence % self._capacity * _EVENT_BYTES
         raw = bytes(self._ring[offset : offset + _EVENT_BYTES])
         if raw == _NEVER_WRITTEN:
             return UserEvicted(0, 0)
         found, user, tokens = _EVENT.unpack_from(raw)
         if (
-            found % RING_EVENTS != sequence % RING_EVENTS
+            found % self._capacity != sequence % self._capacity
             or not found
             or crc32(raw[:20]) != int.from_bytes(raw[20:], "little")
         ):
