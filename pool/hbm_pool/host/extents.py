@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hbm_pool.errors import ExtentError
+from hbm_pool.host import extent_kernel as kernel
 from hbm_pool.host.fences import Fence
 
 Extents = npt.NDArray[np.int32]
@@ -81,10 +82,8 @@ class ExtentLedger:
         left = self._num_free - n
         taken = self._free[left : self._num_free].copy()
         self._num_free = left
-        self.owner[taken] = owner
-        self.generation[taken] += 1
         self._counts[Owner.FREE] -= n
-        self._counts[owner] += n
+        self._lend(owner, taken)
         return taken
 
     def give_back(self, extents: Extents, fence: Fence | None) -> None:
@@ -94,37 +93,39 @@ class ExtentLedger:
         id is out of range, named twice, or not owned by KV or EMB (a sentinel such as -1 must
         never reach the free list).
         """
-        n = len(extents)
-        if n == 0:
+        if len(extents) == 0:
             return
-        extents = np.array(extents, dtype=np.int32)
-        self._check_owned(extents)
-        owner = int(self.owner[extents[0]])
-        self._counts[owner] -= n
-        if fence is None or (not self._pending and fence.done()):
-            self._counts[Owner.FREE] += n
-            self._push_free(extents)
+        now = fence is None or (not self._pending and fence.done())
+        given = self._take_from_owner(extents, Owner.FREE if now else Owner.PENDING)
+        if now or fence is None:
+            self._push_free(given)
         else:
-            self._counts[Owner.PENDING] += n
-            self.owner[extents] = Owner.PENDING
-            self._pending.append(Released(extents, fence))
+            self._counts[Owner.PENDING] += len(given)
+            self._pending.append(Released(given, fence))
+
+    def hand_over(self, extents: Extents, owner: Owner) -> None:
+        """`give_back` without a fence and `take` of the same extents, in one step."""
+        if owner not in (Owner.KV, Owner.EMB):
+            raise ExtentError(f"extents cannot be handed to {owner.name}; only to KV or EMB")
+        if len(extents):
+            given = self._take_from_owner(extents, Owner.PENDING)
+            self._lend(owner, given)
 
     def reap(self) -> int:
         """Frees pending extents whose fence is done; returns how many became free."""
         if not self._pending:
             return 0
-        freed = 0
+        before = self._num_free
         waiting: deque[Released] = deque()
         for released in self._pending:
             if released.fence.done():
+                self.owner[released.extents] = Owner.FREE
+                self._counts[Owner.PENDING] -= len(released.extents)
                 self._push_free(released.extents)
-                freed += len(released.extents)
             else:
                 waiting.append(released)
         self._pending = waiting
-        self._counts[Owner.PENDING] -= freed
-        self._counts[Owner.FREE] += freed
-        return freed
+        return self._num_free - before
 
     def owned(self, owner: Owner) -> Extents:
         """Ids in that state, ascending, `[n] int32`. O(all extents): for checks and tests."""
@@ -147,27 +148,31 @@ class ExtentLedger:
             found.append("ledger: the pending queue is not the set of pending extents")
         return found
 
+    def _lend(self, owner: Owner, extents: Extents) -> None:
+        kernel.lend(self.owner, self.generation, extents, int(owner))
+        self._counts[owner] += len(extents)
+
     def _push_free(self, extents: Extents) -> None:
         n = len(extents)
-        self.owner[extents] = Owner.FREE
         self._free[self._num_free : self._num_free + n] = extents
         self._num_free += n
+        self._counts[Owner.FREE] += n
 
-    def _check_owned(self, extents: Extents) -> None:
-        if int(extents.min()) < 0 or int(extents.max()) >= self.num_extents:
-            bad = extents[(extents < 0) | (extents >= self.num_extents)][0]
+    def _take_from_owner(self, extents: Extents, state: Owner) -> Extents:
+        """Puts extents of one owner into `state`, or raises and changes nothing."""
+        given = np.array(extents, dtype=np.int32)
+        owner = kernel.leave(self.owner, given, int(state))
+        if owner in (Owner.KV, Owner.EMB):
+            self._counts[owner] -= len(given)
+            return given
+        if owner == kernel.OUT_OF_RANGE:
+            bad = given[(given < 0) | (given >= self.num_extents)][0]
             raise ExtentError(f"extent {bad} was given back; ids are 0..{self.num_extents - 1}")
-        owners = self.owner[extents]
-        first = int(owners[0])
-        if first not in (Owner.KV, Owner.EMB) or bool((owners != first).any()):
-            wrong = sorted({Owner(int(o)).name for o in np.unique(owners)})
-            raise ExtentError(
-                f"extents in state {', '.join(wrong)} were given back; all must be owned by one "
-                "side, KV or EMB"
-            )
-        # Marking while checking finds an id named twice without sorting.
-        self.owner[extents] = Owner.PENDING
-        marked = int(np.count_nonzero(self.owner == Owner.PENDING)) - self._counts[Owner.PENDING]
-        self.owner[extents] = first
-        if marked != len(extents):
-            raise ExtentError(f"{len(extents) - marked} extents were given back twice in one call")
+        if owner == kernel.TWICE:
+            raise ExtentError("an extent was given back twice in one call")
+        if owner >= 0:
+            self.owner[given] = owner
+        owners = ", ".join(sorted({Owner(int(o)).name for o in np.unique(self.owner[given])}))
+        raise ExtentError(
+            f"extents in state {owners} were given back; all must be owned by one side, KV or EMB"
+        )

@@ -371,8 +371,10 @@ class KVIndex:
             if have <= n or not self._trims:
                 idle.popitem(last=False)
                 del self._users[user]
-                extents.extend(victim.extents[:n])
-                if have > n:
+                if have <= n:
+                    extents.extend(victim.extents)
+                else:
+                    extents.extend(victim.extents[:n])
                     self._idle_extents -= have - n
                     self._release(victim.extents[n:])
                 n -= have

@@ -15,6 +15,8 @@ import math
 import threading
 from typing import Final, NamedTuple, Protocol
 
+import numpy as np
+
 from hbm_pool.host.extents import ExtentLedger, Extents, Owner
 from hbm_pool.host.fences import EpochClock, Lane
 from hbm_pool.host.kv_index import KVIndex
@@ -252,10 +254,14 @@ class Split:
         with self.lock:
             ledger = self.ledger
             short = n - ledger.num_free - ledger.num_pending
-            if short > 0:
-                ledger.give_back(self.kv.release(short), self.clock.fence(Lane.KV))
-                ledger.reap()
-            taken = ledger.take(Owner.EMB, min(n, ledger.num_free))
+            given = self.kv.release(max(0, short))
+            fence = self.clock.fence(Lane.KV)
+            taken = ledger.take(Owner.EMB, min(n - len(given), ledger.num_free))
+            if fence.done():
+                ledger.hand_over(given, Owner.EMB)
+                taken = np.concatenate((taken, given))
+            else:
+                ledger.give_back(given, fence)
             self.moved_extents += len(taken)
         if len(taken):
             self.emb.grow(taken)
