@@ -428,10 +428,10 @@ class Chooser:
         probability, tokens = holders.get(index, (0.0, 0))
         if facts.user is None:
             kv = "none"
-        elif not self.informed and not holders:
-            kv = "unknown"
         elif probability >= 0.5 and tokens >= self._table.page_tokens[index]:
             kv = "hit"
+        elif not self.informed:
+            kv = "unknown"
         else:
             kv = "miss"
         return Choice(

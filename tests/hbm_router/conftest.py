@@ -23,7 +23,6 @@ import pytest
 import redis
 from hbm_pool.contracts import digest as contract
 from hbm_pool.contracts.digest import NodeState
-
 from hbm_router.config import RouterSettings
 from hbm_router.server import RouterServer
 
@@ -485,9 +484,7 @@ class Publisher:
     ) -> NodeState:
         self._sequence += 1
         sequence = changes.get("sequence", self._sequence)
-        blob = make_digest(
-            users or {}, boot_epoch=changes.get("boot_epoch", 7), sequence=sequence
-        )
+        blob = make_digest(users or {}, boot_epoch=changes.get("boot_epoch", 7), sequence=sequence)
         state = node_state(
             name,
             **{

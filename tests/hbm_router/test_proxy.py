@@ -75,8 +75,9 @@ async def test_hop_by_hop_fields_end_here(backends, router):
 
     async def answer(request, reader, writer):
         writer.write(
-            response(b"ok", connection="keep-alive, x-inner", keep_alive="timeout=5")
-            .replace(b"\r\n\r\n", b"\r\nx-inner: 1\r\nx-outer: 2\r\nx-hbm-node: fake\r\n\r\n")
+            response(b"ok", connection="keep-alive, x-inner", keep_alive="timeout=5").replace(
+                b"\r\n\r\n", b"\r\nx-inner: 1\r\nx-outer: 2\r\nx-hbm-node: fake\r\n\r\n"
+            )
         )
 
     a.answer = answer
@@ -377,9 +378,7 @@ async def test_learns_lengths_and_checks_itself(backends, router):
         "header",
     ]
     assert "kv=hit" in str(decisions[1])
-    outcomes = {
-        name: child._value.get() for name, child in server.metrics.kv_predicted.items()
-    }
+    outcomes = {name: child._value.get() for name, child in server.metrics.kv_predicted.items()}
     assert outcomes == {"tp": 2, "fp": 0, "fn": 1, "tn": 1}
 
 
@@ -398,9 +397,7 @@ async def test_backend_status_and_body_pass_unchanged(backends, router):
 
     async def answer(request, reader, writer):
         writer.write(
-            response(
-                json.dumps({"error": "busy"}).encode(), status=503, retry_after="3", x_y="z"
-            )
+            response(json.dumps({"error": "busy"}).encode(), status=503, retry_after="3", x_y="z")
         )
 
     a.answer = answer
