@@ -57,7 +57,8 @@ class OutlierDetector:
             self.failed(node)
         elif status not in NEUTRAL_STATUS:
             node.consecutive_failures = 0
-            node.ejections = 0 if node.ejected_until_s < self._clock() else node.ejections
+            if node.ejected_until_s <= self._clock():
+                node.ejections = 0
 
     def failed(self, node: Node) -> None:
         """A request to the node failed after it had been connected."""

@@ -1,4 +1,4 @@
-"""Real parts to test the router with: HTTP servers, a Redis server, routers in and out of process."""
+"""Real parts to test the router with: HTTP servers, a Redis server, routers as they run."""
 
 from __future__ import annotations
 

@@ -47,7 +47,8 @@ HOST = b"Host: x\r\n"
          b"0\r\n\r\n", 400),
         (b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n"
          b"0\r\n\r\n", 400),
-        (b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd", 400),
+        (b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
+         400),
         (b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: +3\r\n\r\nabc", 400),
         (b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 3, 3\r\n\r\nabc", 400),
         (b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: gzip\r\n\r\nabc", 400),
@@ -167,7 +168,7 @@ async def test_a_client_that_reads_nothing_is_dropped(backends, router):
 
     a.answer = answer
     server = await router([a], write_stall_s=0.2)
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1024)
+    _, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1024)
     writer.transport.pause_reading()
     writer.write(get())
     await until(lambda: server.plane.fleet.inflight == 1, "the request to begin")
@@ -392,7 +393,8 @@ async def test_thousands_of_requests_with_cancellations_leave_nothing_behind(bac
                     b"Content-Length: 3\r\n", b"Content-Length: 99999999999999999999\r\n",
                     b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n",
                     b"Connection: upgrade\r\nUpgrade: h2c\r\n", b"Expect: 100-continue\r\n",
-                    b"\r\n", b"abc", b"3\r\nabc\r\n", b"0\r\n\r\n", b"\x00\xff", b"X-User-ID: \xff\r\n",
+                    b"\r\n", b"abc", b"3\r\nabc\r\n", b"0\r\n\r\n", b"\x00\xff",
+                    b"X-User-ID: \xff\r\n",
                     b"X-HBM-History-Tokens: -1\r\n", b"X-HBM-Deadline-Ms: nan\r\n",
                     b"GET http://[::1/ HTTP/1.1\r\n", b"HTTP/1.1 200 OK\r\n",
                 ]
