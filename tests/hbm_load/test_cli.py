@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -29,6 +30,24 @@ def test_a_run_writes_records_and_progress_lines(tmp_path: Path, unused_port: in
     assert lines[-1]["p99_ms"] is None
     assert set(records.outcome) == {Outcome.REFUSED}
     assert records.meta["start_monotonic_ns"] > 0
+
+
+async def test_a_run_against_a_server_records_its_answers(tmp_path: Path, serve_on) -> None:
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            length = next(line for line in head.split("\r\n") if "content-length" in line)
+            await reader.readexactly(int(length.split(": ")[1]))
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 14\r\n\r\n" + b'{"scores":[1]}')
+
+    path = tmp_path / "records.parquet"
+    async with serve_on(handler) as port:
+        flags = ["--url", f"http://127.0.0.1:{port}", "--records", str(path), "--seconds", "1"]
+        process = await asyncio.create_subprocess_exec(*RUN, *flags)
+        assert await process.wait() == 0
+    records = Records.read(path)
+    assert records.ok.all()
+    assert all(scores == [1.0] for scores in records.scores.values())
 
 
 @pytest.mark.parametrize(
