@@ -1,6 +1,11 @@
-"""Pure decisions: a `Reading` of the pod goes in, a `Decision` about α comes out."""
+"""Pure decisions: a `Reading` of the pod goes in, a `Decision` about α comes out.
+
+`Twin` is loaded when first used: the process that decides needs no numba.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from hbm_policy.anchor import TwinAnchor
 from hbm_policy.config import AnchorConfig, PolicyConfig, ShieldConfig
@@ -10,6 +15,9 @@ from hbm_policy.intake import Intake, read_curve
 from hbm_policy.layers import Correction, Gate, Gating, NoResidual, Residual, SteadyGate
 from hbm_policy.reading import Curve, Decision, PolicyState, Reading, Reason, describe
 from hbm_policy.shield import Shield
+
+if TYPE_CHECKING:
+    from hbm_policy.twin import Twin
 
 __all__ = [
     "AnchorConfig",
@@ -32,9 +40,18 @@ __all__ = [
     "Shield",
     "ShieldConfig",
     "SteadyGate",
+    "Twin",
     "TwinAnchor",
     "decide",
     "describe",
     "is_hold",
     "read_curve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Twin":
+        from hbm_policy.twin import Twin
+
+        return Twin
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
