@@ -19,6 +19,7 @@ import uvloop
 from fastapi import FastAPI
 
 from hbm_serving.admin import build_admin_app
+from hbm_serving.connection import BoundedHttpProtocol
 from hbm_serving.engine import Engine
 from hbm_serving.errors import ConfigError
 from hbm_serving.http import build_app
@@ -57,7 +58,7 @@ def _configure(app: FastAPI, engine: Engine) -> uvicorn.Config:
     limits = engine.config.server
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=BoundedHttpProtocol,
         loop="none",
         lifespan="off",
         ws="none",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -200,6 +201,34 @@ def test_a_slow_client_is_dropped_and_blocks_nobody(
         assert b" 408 " in answer.split(b"\r\n")[0]
         assert b"1 bytes came" in answer
     server.stop()
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nx: " + b"y" * 200_000, 431),
+        (b"GET /" + b"y" * 200_000, 431),
+        (b"\x00\x01\x02 nonsense\r\n\r\n", 400),
+        (b"POST /v1/rank HTTP/1.1\r\nhost: x\r\ncontent-length: -5\r\n\r\n", 400),
+    ],
+)
+def test_heads_are_bounded(server: Any, sent: bytes, status: int) -> None:
+    with server.connect() as raw:
+        raw.sendall(sent)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := raw.recv(65536):
+                answer += part
+    assert answer.split(b" ")[1] == str(status).encode()
+    assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]["field"] == "head"
+
+
+def test_heads_that_never_end_are_cut(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hbm_serving.connection.HEAD_S", 0.2)
+    with server.connect() as raw:
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n")
+        assert raw.recv(65536).startswith(b"HTTP/1.1 408 ")
+        assert raw.recv(65536) == b""
 
 
 def test_unknown_paths_and_methods_answer_in_our_form(client: httpx.Client) -> None:
