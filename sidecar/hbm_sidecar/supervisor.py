@@ -102,6 +102,7 @@ class Supervisor:
         fd = environment.get(ADMIN_FD)
         self._admin_fd = None if fd is None else int(fd)
         self._libc = ctypes.CDLL(None, use_errno=True)
+        self._stopping = False
         self._children = [Child(name, keep=True) for name in CHILDREN]
         if not block_ready:
             self._children.insert(0, Child("prepare", keep=False))
@@ -182,11 +183,16 @@ class Supervisor:
                     ours = True
                     if not child.done:
                         _log(
-                            "warning", "child ended", child=child.name, pid=pid, how=child.last_end
+                            "info" if self._stopping else "warning",
+                            "child ended",
+                            child=child.name,
+                            pid=pid,
+                            how=child.last_end,
                         )
 
     def _stop(self) -> None:
         """SIGTERM to all, SIGKILL to what is left after the grace time."""
+        self._stopping = True
         self._signal(signal.SIGTERM)
         until = self._clock() + GRACE_S
         while self._alive() and (left := until - self._clock()) > 0:

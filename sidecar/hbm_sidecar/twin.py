@@ -1,0 +1,142 @@
+"""The twin process: reads the request ring, simulates, publishes curves. It may be late.
+
+It is niced and spends at most `twin_budget` of a core: after each bounded piece of work it sleeps
+in proportion. What it is too slow for is lost in the ring, counted, and corrected for.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+from hbm_policy import CostConstants, CostSource, DeclaredCosts
+from hbm_policy.twin import Twin, TwinError
+from hbm_pool.contracts.control_block import (
+    ControlBlockError,
+    ControlBlockMissing,
+    ServerView,
+    SidecarBlock,
+)
+from hbm_pool.contracts.records import CURVES, TELEMETRY
+
+from hbm_sidecar.config import SidecarConfig
+from hbm_sidecar.log import configure
+
+SAMPLES_PER_CYCLE: Final = 64
+PUBLISH_S: Final = 0.1
+"""Curves are written at most this often; decide reads the newest at each tick."""
+IDLE_S: Final = 0.02
+REOPEN_S: Final = 0.5
+NICENESS: Final = 10
+
+
+class TwinProcess:
+    """One server's twin, made anew when the server is. `clock_ns` is CLOCK_MONOTONIC."""
+
+    def __init__(
+        self,
+        config: SidecarConfig,
+        log: Any,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+        prices: CostSource | None = None,
+    ) -> None:
+        self._prices: CostSource = prices or DeclaredCosts()
+        self._config = config
+        self._log = log
+        self._clock_ns = clock_ns
+        self._server: ServerView | None = None
+        self._block: SidecarBlock | None = None
+        self._twin: Twin | None = None
+        self._costs: CostConstants | None = None
+        self._boot_epoch = 0
+        self._telemetry = np.zeros((), dtype=TELEMETRY)
+        self._curves = np.zeros((), dtype=CURVES)
+        self._publish_at_ns = 0
+        self._problem = ""
+
+    def run(self, stop: threading.Event) -> None:
+        """Work in bounded pieces until `stop` is set."""
+        while not stop.is_set():
+            began = time.thread_time()
+            try:
+                pause_s = self._cycle()
+            except ControlBlockError as error:
+                self._forget(error)
+                pause_s = REOPEN_S
+            worked_s = time.thread_time() - began
+            budget = self._config.twin_budget
+            stop.wait(max(pause_s, worked_s * (1.0 - budget) / budget))
+
+    def _cycle(self) -> float:
+        """One piece of work; how long to rest at least, in seconds."""
+        if self._block is None:
+            self._block = SidecarBlock.open(self._config.run_dir)
+        if self._server is None:
+            self._server = ServerView.open(self._config.run_dir)
+        self._say("")
+        server = self._server
+        server.refresh()
+        if server.boot_epoch != self._boot_epoch:
+            self._start(server)
+        if self._twin is None or not server.read_telemetry(self._telemetry):
+            return IDLE_S
+        self._costs = self._prices.constants(self._telemetry) or self._costs
+        if self._costs is None:  # the server has not measured them yet
+            return IDLE_S
+        samples, lost = server.read_requests(SAMPLES_PER_CYCLE)
+        if samples or lost:
+            classes = self._telemetry["class_extents"][: len(server.info.classes)]
+            self._twin.feed(samples, lost, self._costs, classes.tolist())
+        self._publish()
+        return 0.0 if len(samples) == SAMPLES_PER_CYCLE else IDLE_S
+
+    def _start(self, server: ServerView) -> None:
+        """A twin of this boot; none when its server cannot be simulated."""
+        self._boot_epoch = server.boot_epoch
+        self._costs = None
+        try:
+            self._twin = Twin(server.info)
+        except TwinError as error:
+            self._twin = None
+            self._log.error("this server cannot be simulated: no curves", why=str(error))
+        else:
+            self._log.info("twin starts", boot_epoch=server.boot_epoch, model=server.info.model)
+
+    def _publish(self) -> None:
+        now = self._clock_ns()
+        twin, block = self._twin, self._block
+        if now < self._publish_at_ns or twin is None or block is None or twin.requests == 0:
+            return
+        self._publish_at_ns = now + int(PUBLISH_S * 1e9)
+        twin.curves(self._curves)
+        self._curves["boot_epoch"] = self._boot_epoch
+        block.write_curves(self._curves)
+
+    def _forget(self, error: ControlBlockError) -> None:
+        """The file is missing or foreign: look again later, the twin is kept for the same boot."""
+        self._server = None
+        self._say("" if isinstance(error, ControlBlockMissing) else str(error))
+
+    def _say(self, problem: str) -> None:
+        if problem and problem != self._problem:
+            self._log.warning("control block not usable", why=problem)
+        self._problem = problem
+
+
+def main() -> None:
+    """Entry: `python -m hbm_sidecar.twin`."""
+    log = configure("twin")
+    config = SidecarConfig()
+    os.nice(NICENESS)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    TwinProcess(config, log).run(stop)
+
+
+if __name__ == "__main__":
+    main()
