@@ -168,6 +168,7 @@ class AdminServer:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((host, port))
+            self._socket.listen()  # so that whoever reads the ready file may connect at once
         except OSError:
             self._socket.close()
             raise
@@ -196,5 +197,6 @@ class AdminServer:
     def stop(self) -> None:
         """Stops and waits for the thread."""
         self._server.should_exit = True
-        self._thread.join(timeout=5)
+        if self._thread.ident is not None:
+            self._thread.join(timeout=5)
         self._socket.close()

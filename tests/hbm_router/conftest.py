@@ -40,6 +40,16 @@ async def until(condition: Callable[[], Any], what: str, deadline_s: float = DEA
         await asyncio.sleep(0.005)
 
 
+async def until_async(
+    condition: Callable[[], Awaitable[bool]], what: str, deadline_s: float = DEADLINE_S
+) -> None:
+    """`until` for a condition that must be asked for."""
+    end = time.monotonic() + deadline_s
+    while not await condition():
+        assert time.monotonic() < end, f"waited {deadline_s} s for: {what}"
+        await asyncio.sleep(0.01)
+
+
 def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
     """`until` for code without an event loop."""
     end = time.monotonic() + deadline_s
@@ -107,7 +117,10 @@ class Client:
             event = connection.next_event()
             if event is h11.NEED_DATA:
                 async with asyncio.timeout(DEADLINE_S):
-                    connection.receive_data(await self.reader.read(65536))
+                    data = await self.reader.read(65536)
+                if not data and head is None:
+                    raise ConnectionResetError("the connection was closed without a response")
+                connection.receive_data(data)
             elif isinstance(event, h11.InformationalResponse):
                 interim.append(event.status_code)
             elif isinstance(event, h11.Response):
@@ -115,7 +128,7 @@ class Client:
             elif isinstance(event, h11.Data):
                 body += event.data
             elif isinstance(event, h11.EndOfMessage | h11.ConnectionClosed):
-                assert head is not None, "the connection was closed without a response"
+                assert head is not None
                 self._left = connection.trailing_data[0]
                 headers = [(key.decode(), value.decode()) for key, value in head.headers]
                 return Reply(head.status_code, headers, bytes(body), interim)

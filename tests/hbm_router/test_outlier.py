@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 from hbm_router.config import RouterSettings
 from hbm_router.discovery import Backend
 from hbm_router.fleet import Fleet, Node
 from hbm_router.outlier import OutlierDetector, RetryBudget
+
 from tests.hbm_router.conftest import connection, post, response, until
 
 

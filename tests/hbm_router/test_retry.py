@@ -43,7 +43,7 @@ async def pair(backends, router):
 
 
 async def test_a_kept_alive_connection_closed_under_us_is_tried_elsewhere(pair):
-    server, a, b, user = await pair()
+    server, a, _b, user = await pair()
     closes(a, when="reused")
     async with connection(server.port) as client:
         assert (await client.ask(post("/any", user=user), "POST")).json()["node"] == "a"
@@ -98,7 +98,7 @@ async def test_nothing_is_sent_twice_after_the_first_byte_of_an_answer(pair, sen
 
 
 async def test_bodies_too_long_to_keep_are_not_sent_twice(pair):
-    server, a, b, user = await pair(replay_bytes=1000)
+    server, a, _b, user = await pair(replay_bytes=1000)
     closes(a, when="fresh")
     async with connection(server.port) as client:
         reply = await client.ask(post(user=user, body=b"x" * 1001), "POST")
@@ -122,7 +122,7 @@ async def test_at_most_one_second_try(pair):
 
 
 async def test_second_tries_are_budgeted(pair):
-    server, a, b, user = await pair(retry_ratio=0.1, outlier_failures=10_000)
+    server, a, _b, user = await pair(retry_ratio=0.1, outlier_failures=10_000)
     closes(a, when="fresh")
     statuses = []
     async with connection(server.port) as client:
