@@ -105,9 +105,16 @@ class KVCache:
         with self._lock:
             self.index.abort(handle)
 
+    def order(self) -> None:
+        """Puts what the caller's stream does next behind all earlier work on pages.
+
+        Call it before a batch reads or writes pages; `batch_indices` does so itself.
+        """
+        self._clock.order(Lane.KV)
+
     def batch_indices(self, handles: Sequence[KVHandle]) -> KVIndices:
         """Pages of a batch, on the arena's device; call it on the stream that computes."""
-        self._clock.order(Lane.KV)
+        self.order()
         pages = [handle.page_ids if handle.ready else _NO_PAGES for handle in handles]
         kv_indptr = np.zeros(len(handles) + 1, dtype=np.int32)
         np.cumsum([len(ids) for ids in pages], out=kv_indptr[1:])
