@@ -16,3 +16,7 @@ class ExtentError(PoolError, ValueError):
 
 class HandleError(PoolError, ValueError):
     """A KV handle was used after commit or abort, or is of another cache."""
+
+
+class RowStoreError(PoolError):
+    """Rows could not be read or written; the message names the store, the rows and the reason."""

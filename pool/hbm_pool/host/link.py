@@ -1,0 +1,177 @@
+"""The link between host and device: who used it, and on CPU what its copies would have cost.
+
+One link serves misses of requests, refill and moves. Without a rate it only counts; with one, a
+copy waits as long as it would take behind what is already on its way. Copies towards the device
+are served in the order in which they come; while something travels the other way, they are slower
+(24.8 to about 11 GB/s on an A100's PCIe 4 x16, `docs/results.md`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, NamedTuple
+
+OPPOSING_FACTOR: Final = 11.0 / 24.8
+BUSY_WINDOW_S: Final = 1.0
+_SPIN_S: Final = 50e-6
+"""A sleep is late by about this much: what is left at the end is spun away."""
+
+
+class LinkCounters(NamedTuple):
+    """Since the link was made; they only grow, but `busy`."""
+
+    foreground_bytes: int
+    foreground_copies: int
+    refill_bytes: int
+    refill_copies: int
+    critical_refill_copies: int
+    """Refill copies that a request's copy had to wait for."""
+    device_to_host_bytes: int
+    busy: float
+    """Share of the last second in which something was on its way to the device (0 without rate)."""
+
+
+class LinkModel:
+    """Shared by all that copies; any thread may call. `bytes_per_s=None` counts and never waits.
+
+    `device_to_host_bytes_per_s` defaults to the same rate; `opposing_factor` in (0, 1] is what is
+    left of the rate while copies run the other way. Raises ValueError for values outside.
+    """
+
+    def __init__(
+        self,
+        bytes_per_s: float | None = None,
+        *,
+        device_to_host_bytes_per_s: float | None = None,
+        opposing_factor: float = OPPOSING_FACTOR,
+        clock_s: Callable[[], float] = time.monotonic,
+        sleep_s: Callable[[float], None] = time.sleep,
+    ) -> None:
+        back = device_to_host_bytes_per_s or bytes_per_s
+        if bytes_per_s is not None and not 0.0 < bytes_per_s < float("inf"):
+            raise ValueError(f"link_bytes_per_s is {bytes_per_s}; use a positive rate, or none")
+        if back is not None and not 0.0 < back < float("inf"):
+            raise ValueError(f"device_to_host_bytes_per_s is {back}; use a positive rate")
+        if not 0.0 < opposing_factor <= 1.0:
+            raise ValueError(f"opposing_factor is {opposing_factor}; it must be in (0, 1]")
+        self.bytes_per_s = bytes_per_s
+        self._back_bytes_per_s = back
+        self._opposing_factor = opposing_factor
+        self._clock_s = clock_s
+        self._sleep_s = sleep_s
+        self._lock = threading.Lock()
+        self._free_at_s = clock_s()
+        self._back_free_at_s = self._free_at_s
+        self._last_is_refill = False
+        self._fetching = 0
+        self._spans: deque[tuple[float, float]] = deque()  # when something was on its way
+        self._foreground_bytes = 0
+        self._foreground_copies = 0
+        self._refill_bytes = 0
+        self._refill_copies = 0
+        self._critical = 0
+        self._back_bytes = 0
+
+    @contextmanager
+    def fetching(self) -> Iterator[None]:
+        """A request is fetching missed rows: refill waits (`quiet`)."""
+        with self._lock:
+            self._fetching += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._fetching -= 1
+
+    @property
+    def quiet(self) -> bool:
+        """No request is fetching rows and nothing is on its way in either direction."""
+        with self._lock:
+            now = self._clock_s()
+            return self._fetching == 0 and self._free_at_s <= now and self._back_free_at_s <= now
+
+    def foreground(self, nbytes: int) -> float:
+        """Copies rows that a request waits for; returns what it took in seconds."""
+        with self._lock:
+            now = self._clock_s()
+            if self._last_is_refill and self._free_at_s > now:
+                self._critical += 1
+            self._last_is_refill = False
+            self._foreground_bytes += nbytes
+            self._foreground_copies += 1
+            end = self._reserve(now, nbytes)
+        return self._wait(now, end)
+
+    def refill(self, nbytes: int) -> float:
+        """Copies rows nobody waits for; ask `quiet` first. Returns what it took in seconds."""
+        with self._lock:
+            now = self._clock_s()
+            self._last_is_refill = True
+            self._refill_bytes += nbytes
+            self._refill_copies += 1
+            end = self._reserve(now, nbytes)
+        return self._wait(now, end)
+
+    def device_to_host(self, nbytes: int) -> float:
+        """Copies the other way; returns what it took in seconds."""
+        with self._lock:
+            now = self._clock_s()
+            self._back_bytes += nbytes
+            end = now
+            if self._back_bytes_per_s is not None:
+                end = max(now, self._back_free_at_s) + nbytes / self._back_bytes_per_s
+                self._back_free_at_s = end
+        return self._wait(now, end)
+
+    def note_critical_refill(self) -> None:
+        """A request had to wait for a refill copy that this model did not see (CUDA streams)."""
+        with self._lock:
+            self._critical += 1
+
+    def counters(self) -> LinkCounters:
+        """All counters at once."""
+        with self._lock:
+            return LinkCounters(
+                foreground_bytes=self._foreground_bytes,
+                foreground_copies=self._foreground_copies,
+                refill_bytes=self._refill_bytes,
+                refill_copies=self._refill_copies,
+                critical_refill_copies=self._critical,
+                device_to_host_bytes=self._back_bytes,
+                busy=self._busy(self._clock_s()),
+            )
+
+    def _reserve(self, now: float, nbytes: int) -> float:
+        """When a copy that is queued now will have arrived."""
+        if self.bytes_per_s is None or nbytes == 0:
+            return now
+        rate = self.bytes_per_s
+        if self._back_free_at_s > now:
+            rate *= self._opposing_factor
+        start = max(now, self._free_at_s)
+        end = start + nbytes / rate
+        self._free_at_s = end
+        if self._spans and self._spans[-1][1] >= start:
+            self._spans[-1] = (self._spans[-1][0], end)
+        else:
+            self._spans.append((start, end))
+        while self._spans and self._spans[0][1] < now - BUSY_WINDOW_S:
+            self._spans.popleft()
+        return end
+
+    def _busy(self, now: float) -> float:
+        since = now - BUSY_WINDOW_S
+        used = sum(max(0.0, min(end, now) - max(start, since)) for start, end in self._spans)
+        return min(1.0, used / BUSY_WINDOW_S)
+
+    def _wait(self, now: float, end: float) -> float:
+        left = end - now
+        while left > 0.0:
+            if left > _SPIN_S:
+                self._sleep_s(left - _SPIN_S)
+            left = end - self._clock_s()
+        return max(0.0, end - now)
