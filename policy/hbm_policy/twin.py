@@ -75,7 +75,7 @@ class Twin:
         alphas: Sequence[float] | None = None,
         rate: float | None = None,
         *,
-        window_requests: float = 128.0,
+        window_requests: float = 32.0,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """`alphas`: candidates, ascending, by default 0.05 apart within the server's bounds; each
