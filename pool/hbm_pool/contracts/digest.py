@@ -138,7 +138,7 @@ def encode_digest(
 
     Two users whose 40-bit keys collide become one entry with the larger number of tokens: both
     are resident here, so either way the request goes to a node that holds something of its user.
-    `DigestError` (too_large) beyond the caps.
+    `DigestError` (too_large) beyond the caps, (sizes) for numbers that do not fit.
     """
     if len(users) != len(tokens):
         raise DigestError(
@@ -150,8 +150,19 @@ def encode_digest(
             f"a digest of {len(users)} users and {len(shard_rows)} shards exceeds "
             f"{MAX_DIGEST_USERS} users or {MAX_DIGEST_SHARDS} shards",
         )
-    if not (0 < page_tokens <= _MAX_U32):
-        raise DigestError(DigestReason.SIZES, f"page_tokens is {page_tokens}; it must be positive")
+    for name, lowest, value, highest in (
+        ("page_tokens", 1, page_tokens, _MAX_U32),
+        ("boot_epoch", 0, boot_epoch, _MAX_U64),
+        ("sequence", 0, sequence, _MAX_U64),
+        ("smallest token count", 0, int(tokens.min(initial=0)), _MAX_U32),
+        ("largest token count", 0, int(tokens.max(initial=0)), _MAX_U32),
+        ("smallest shard", 0, int(shard_rows.min(initial=0)), _MAX_U32),
+        ("largest shard", 0, int(shard_rows.max(initial=0)), _MAX_U32),
+    ):
+        if not lowest <= value <= highest:
+            raise DigestError(
+                DigestReason.SIZES, f"the {name} of a digest is out of range ({value})"
+            )
     keys = users.astype(np.int64).view(np.uint64) & np.uint64(DIGEST_KEY_MASK)
     counts = tokens.astype(np.uint64)
     order = np.lexsort((counts, keys))
@@ -329,25 +340,27 @@ def node_from_hash(fields: Mapping[bytes, bytes]) -> NodeState:
         draining=bool(_integer(fields, "draining", 0, 1)),
         digest_sequence=_integer(fields, "digest_sequence", 0, _MAX_U64),
         digest_crc=_integer(fields, "digest_crc", 0, _MAX_U32),
-        model=_text(fields, "model", 256),
+        model=_text(fields, "model", 256, shortest=0),
         model_version=_integer(fields, "model_version", 0, _MAX_U64),
     )
 
 
-def _raw(fields: Mapping[bytes, bytes], name: str, longest: int) -> str:
+def _raw(fields: Mapping[bytes, bytes], name: str, longest: int, shortest: int = 1) -> str:
     raw = fields.get(name.encode())
     if raw is None:
         raise NodeStateError(f"node field {name} is missing")
-    if not raw or len(raw) > longest:
-        raise NodeStateError(f"node field {name} has {len(raw)} bytes; allowed are 1 to {longest}")
+    if not shortest <= len(raw) <= longest:
+        raise NodeStateError(
+            f"node field {name} has {len(raw)} bytes; allowed are {shortest} to {longest}"
+        )
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
         raise NodeStateError(f"node field {name} is no UTF-8 text: {raw[:64]!r}") from error
 
 
-def _text(fields: Mapping[bytes, bytes], name: str, longest: int) -> str:
-    text = _raw(fields, name, longest)
+def _text(fields: Mapping[bytes, bytes], name: str, longest: int, shortest: int = 1) -> str:
+    text = _raw(fields, name, longest, shortest)
     if not text.isprintable():
         raise NodeStateError(f"node field {name} has unprintable characters: {text!r}")
     return text

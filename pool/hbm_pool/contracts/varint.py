@@ -28,7 +28,7 @@ def encode_varints(values: npt.NDArray[np.uint64]) -> bytes:
 
 
 def decode_varints(raw: bytes, count: int, max_bits: int) -> npt.NDArray[np.uint64] | None:
-    """`count` numbers below `2 ** max_bits` that fill `raw` exactly, `[count] uint64`.
+    """`count` numbers below `2 ** max_bits` (63 at most) that fill `raw` exactly, `[count] uint64`.
 
     None when the bytes say anything else, or a number in more bytes than it needs.
     """
@@ -50,6 +50,6 @@ def decode_varints(raw: bytes, count: int, max_bits: int) -> npt.NDArray[np.uint
         longer = np.flatnonzero(lengths > index)
         group = (data[starts[longer] + index] & np.uint8(0x7F)).astype(np.uint64)
         values[longer] |= group << np.uint64(7 * index)
-    if max_bits < 64 and int(values.max()) >> max_bits:
+    if int(values.max()) >> max_bits:
         return None
     return values
