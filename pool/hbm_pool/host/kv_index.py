@@ -91,6 +91,7 @@ class KVIndex:
         self._evicted_users = 0
         self._trimmed_users = 0
         self._voided_users = 0
+        self._lag_swept_to = 0
         self._uncached = 0
         self._busy = 0
 
@@ -237,6 +238,21 @@ class KVIndex:
             self._set_cached(user, entry, 0)
         self._voided_users += len(users)
         return len(users)
+
+    def void_lagging(self) -> int:
+        """Drops users whose KV is too far behind pushed rows; lookups void the pinned ones.
+
+        O(users), but only when time or a push has made more KV unusable since the last call.
+        """
+        usable = self.rows.oldest_usable_epoch()
+        if usable == self._lag_swept_to:
+            return 0
+        self._lag_swept_to = usable
+        lagging = [user for user, entry in self._idle.items() if entry.row_epoch < usable]
+        for user in lagging:
+            self.evict(user)
+        self._voided_users += len(lagging)
+        return len(lagging)
 
     def set_model_version(self, version: int) -> None:
         """A new model makes all KV worthless, also what open handles are about to commit."""

@@ -46,3 +46,15 @@ class RowLag:
         if epoch == self.epoch:
             return False
         return self.max_lag_s == 0.0 or self.lag_s(epoch) > self.max_lag_s
+
+    def oldest_usable_epoch(self) -> int:
+        """KV of this epoch and newer ones may be reused, older KV may not."""
+        if self.max_lag_s == 0.0:
+            return self.epoch
+        oldest_s = self._clock_s() - self.max_lag_s
+        usable = self.epoch - len(self._pushed_s)
+        for pushed_s in self._pushed_s:
+            if pushed_s >= oldest_s:
+                break
+            usable += 1
+        return usable

@@ -306,6 +306,22 @@ class TestVersions:
         assert serve(index, 1, 16).cached_tokens == 0
         assert serve(index, 1, 16).cached_tokens == 16
 
+    def test_kv_that_lags_too_much_is_given_up_without_being_asked_for(self) -> None:
+        time = _Time()
+        index, told = make_index(16, max_lag_s=10.0, time=time)
+        serve(index, 1, 16)
+        pinned = index.acquire(2, fingerprints(2, 8), 8)
+        index.rows.push()
+        serve(index, 3, 8)
+        assert index.void_lagging() == 0
+        time.now += 11
+        assert index.void_lagging() == 1
+        assert told == {3: 8}
+        assert pinned is not None
+        index.commit(pinned)
+        assert serve(index, 2, 8).cached_tokens == 0
+        assert index.void_lagging() == 0
+
 
 class _PlainUser:
     def __init__(self) -> None:

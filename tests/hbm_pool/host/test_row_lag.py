@@ -58,5 +58,6 @@ def test_decides_as_if_every_push_was_remembered(
         lag = time.now - pushed[epoch]
         too_much = max_lag_s == 0.0 or lag > max_lag_s
         assert rows.lags_too_much(epoch) == too_much
+        assert (epoch < rows.oldest_usable_epoch()) == too_much
         if not too_much:
             assert rows.lag_s(epoch) == lag
