@@ -99,9 +99,9 @@ def test_help_names_every_flag_of_the_contract(run) -> None:
 def test_explain_over_the_socket_and_from_the_file(
     run, start_sidecar, start_server, wait_for, run_dir
 ) -> None:
-    sidecar = start_sidecar("--mode", "fixed", "--alpha-fixed", "0.4", "--tick-ms", "50")
+    sidecar = start_sidecar("--mode", "fixed", "--alpha-fixed", "0.48", "--tick-ms", "50")
     server = start_server()
-    wait_for(lambda: abs(server.tell()["alpha"] - 0.4) < 0.01, "converged")
+    wait_for(lambda: abs(server.tell()["alpha"] - 0.48) < 0.01, "converged")
     live = run("explain", "--run-dir", str(run_dir), "--last", "5", "--json")
     assert live.returncode == 0
     decisions = json.loads(live.stdout)
