@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from hbm_pool import ExtentLedger
 from hbm_pool.device.streams import StreamClock
 from hbm_pool.host.extents import Owner
