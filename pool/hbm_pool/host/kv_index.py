@@ -382,29 +382,35 @@ class KVIndex:
         idle = self._idle
         self._idle_extents -= n
         while n > 0:
-            user, victim = next(iter(idle.items()))
+            user = next(iter(idle))
+            victim = idle[user]
             have = len(victim.extents)
-            if have <= n or not self._trims:
-                idle.popitem(last=False)
-                del self._users[user]
-                if have <= n:
-                    extents.extend(victim.extents)
-                else:
-                    extents.extend(victim.extents[:n])
-                    self._idle_extents -= have - n
-                    self._release(victim.extents[n:])
-                n -= have
-                self._evicted_users += 1
-                self._set_cached(user, victim, 0)
+            if have > n and self._trims:
+                self._trim(user, victim, extents, n)
+                return
+            del idle[user]
+            del self._users[user]
+            self._evicted_users += 1
+            if victim.cached_pages:
+                self._cached_users -= 1
+                self._cached_tokens -= victim.cached_pages * self.page_tokens
+            if victim.announced and self.on_event is not None:
+                self.on_event(user, 0)
+            if have <= n:
+                extents.extend(victim.extents)
             else:
-                keep = have - n
-                extents.extend(victim.extents[keep:])
-                del victim.extents[keep:]
-                self._trimmed_users += 1
-                self._set_cached(
-                    user, victim, min(victim.cached_pages, keep * self.pages_per_extent)
-                )
-                n = 0
+                extents.extend(victim.extents[:n])
+                self._idle_extents -= have - n
+                self._release(victim.extents[n:])
+            n -= have
+
+    def _trim(self, user: int, victim: _User, extents: array[int], n: int) -> None:
+        """Moves `n` extents from the tail of a user's history, which keeps its beginning."""
+        keep = len(victim.extents) - n
+        extents.extend(victim.extents[keep:])
+        del victim.extents[keep:]
+        self._trimmed_users += 1
+        self._set_cached(user, victim, min(victim.cached_pages, keep * self.pages_per_extent))
 
     def _release(self, extents: array[int]) -> None:
         """Extents a user no longer needs: the lane is ordered, so KV may reuse them at once."""
