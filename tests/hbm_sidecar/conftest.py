@@ -110,6 +110,12 @@ class Redis:
         self._process.kill()
         self._process.wait()
 
+    def suspend(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
     def close(self) -> None:
         self.client.close()
         self.kill()

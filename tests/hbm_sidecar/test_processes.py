@@ -83,13 +83,20 @@ def test_a_killed_child_comes_back(child, start_sidecar, start_server, wait_for)
     wait_for(lambda: counted in sidecar.public("/metrics").text, "the restart is counted")
 
 
-def test_children_die_with_a_killed_supervisor(start_sidecar, wait_for, alive) -> None:
-    sidecar = start_sidecar()
-    sidecar.wait_ready()
+def test_children_die_with_a_killed_supervisor_and_the_next_one_takes_over(
+    start_sidecar, start_server, wait_for, alive
+) -> None:
+    sidecar, server = start_sidecar(*FIXED), start_server()
+    port = str(sidecar.wait_ready()["port"])
+    wait_for(lambda: server.tell()["command_generation"] > 0, "decides")
     pids = [sidecar.pid(name) for name in ("admin", "decide", "twin")]
     assert all(map(alive, pids))
     os.kill(sidecar.process.pid, signal.SIGKILL)
     wait_for(lambda: not any(map(alive, pids)), "children are gone")
+    generation = server.tell()["command_generation"]
+    start_sidecar("--mode", "fixed", "--alpha-fixed", "0.52", "--tick-ms", "50", "--port", port)
+    wait_for(lambda: abs(server.tell()["alpha"] - 0.52) < 0.01, "the next sidecar decides")
+    assert server.tell()["command_generation"] > generation
 
 
 def test_sigterm_ends_everything_with_0(start_sidecar, alive) -> None:

@@ -137,6 +137,22 @@ def test_redis_may_die_and_come_back_empty(
     assert state_of(redis) is not None
 
 
+def test_a_redis_that_hangs_holds_nothing_up(
+    start_sidecar, start_server, redis, wait_for, flags
+) -> None:
+    server, sidecar = start_server(), start_sidecar(*flags)
+    server.tell(cached=[[5, 16]])
+    wait_for(lambda: digest_of(redis) == {5: 16}, "published")
+    redis.suspend()
+    try:
+        wait_for(lambda: sidecar.metric("hbm_sidecar_redis_up") == 0, "noticed")
+        server.tell(cached=[[6, 32]])
+        wait_for(lambda: sidecar.state()["residency"]["users"] == 2, "the mirror goes on")
+    finally:
+        redis.resume()
+    wait_for(lambda: digest_of(redis) == {5: 16, 6: 32}, "published again")
+
+
 def test_keys_lost_in_redis_come_back(start_sidecar, start_server, redis, wait_for, flags) -> None:
     server = start_server()
     start_sidecar(*flags)

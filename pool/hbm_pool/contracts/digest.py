@@ -74,7 +74,7 @@ class NodeState(NamedTuple):
     alpha: float
     queue_depth: int
     queue_ms: float
-    service_ms: float  # mean of the last window
+    service_ms: float  # gather and compute per request, mean of the last window
     cost_fixed_ms: float
     cost_token_ms: float
     cost_token_context_ms: float

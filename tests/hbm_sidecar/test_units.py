@@ -1,0 +1,176 @@
+"""Pace, back-off, rates, words: the parts that need no process."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hbm_policy import Reason
+from hbm_pool.contracts.records import DECISION, TELEMETRY
+from hbm_sidecar.explain import explained, human_line, reason_codes, to_json
+from hbm_sidecar.metrics import SidecarMetrics
+from hbm_sidecar.node_state import MIN_REQUESTS, RateWindow
+from hbm_sidecar.pace import Pace
+from hbm_sidecar.supervisor import BACKOFF_LAST_S, Child, backoff_s, how_it_ended
+from hypothesis import given
+from hypothesis import strategies as st
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics-sidecar.md"
+
+
+@given(
+    st.integers(0, 10**12),
+    st.integers(1, 10**9),
+    st.lists(st.integers(0, 5 * 10**9), max_size=20),
+)
+def test_deadlines_keep_their_raster_however_late_one_comes(start, period, delays) -> None:
+    pace, now = Pace(start, period), start
+    for delay in delays:
+        now += delay
+        before = pace.due_ns
+        pace.advance(max(now, before))
+        assert (pace.due_ns - start) % period == 0
+        assert max(now, before) < pace.due_ns <= max(now, before) + period
+
+
+def test_a_shorter_period_counts_at_once() -> None:
+    pace = Pace(0, 60_000)
+    pace.change(now_ns=1_000, period_ns=50)
+    assert pace.due_ns == 1_050
+    pace.change(now_ns=1_010, period_ns=500)
+    assert pace.due_ns == 1_050
+
+
+def test_back_off_doubles_and_is_bounded() -> None:
+    pauses = [backoff_s(failures) for failures in range(40)]
+    assert pauses[0] == 0.0
+    assert pauses[2] == 2 * pauses[1]
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == BACKOFF_LAST_S
+
+
+def test_a_child_that_lived_long_is_started_at_once() -> None:
+    child = Child("twin", keep=True)
+    for _ in range(5):
+        child.started_at = 100.0
+        child.ended(status=9, now=100.5)
+    assert child.due_at > 101.0
+    child.ended(status=9, now=200.0)
+    assert child.due_at == 200.0
+    assert child.last_end == "SIGKILL"
+
+
+def test_prepare_is_done_once_it_succeeds() -> None:
+    child = Child("prepare", keep=False)
+    child.ended(status=1 << 8, now=1.0)
+    assert not child.done
+    assert child.last_end == "exit 1"
+    child.ended(status=0, now=2.0)
+    assert child.done
+
+
+def test_how_it_ended() -> None:
+    assert how_it_ended(9) == "SIGKILL"
+    assert how_it_ended(3 << 8) == "exit 3"
+
+
+def telemetry(requests: int, at_s: float, boot: int = 1) -> np.ndarray:
+    record = np.zeros((), dtype=TELEMETRY)
+    record["monotonic_ns"] = int(at_s * 1e9) + 1
+    record["boot_epoch"] = boot
+    record["requests"] = requests
+    record["service_ms"] = 4.0 * requests
+    record["kv_tokens_computed"] = 90 * requests
+    record["candidate_tokens"] = 10 * requests
+    record["emb_accesses"] = 200 * requests
+    record["emb_misses"] = 50 * requests
+    record["class_misses"][:2] = (30 * requests, 20 * requests)
+    record["cost_row_ms"][:2] = (0.001, 0.002)
+    return record
+
+
+def test_rates_of_a_window() -> None:
+    window = RateWindow()
+    for tick in range(100):
+        rates = window.add(telemetry(10 * tick, tick * 0.25))
+    assert rates.service_ms == pytest.approx(4.0)
+    assert rates.rows_per_token == pytest.approx(2.0)
+    assert rates.emb_miss_ratio == pytest.approx(0.25)
+    assert rates.cost_row_ms == pytest.approx((30 * 0.001 + 20 * 0.002) / 50)
+
+
+def test_an_idle_server_keeps_its_rates_and_a_new_one_starts_without() -> None:
+    window = RateWindow()
+    window.add(telemetry(0, 0.0))
+    known = window.add(telemetry(MIN_REQUESTS * 2, 1.0))
+    for second in range(2, 60):
+        assert window.add(telemetry(MIN_REQUESTS * 2, second)).service_ms == known.service_ms
+    assert window.add(telemetry(3, 61.0, boot=2)).service_ms == 0.0
+
+
+def decision(**fields: float) -> np.ndarray:
+    record = np.zeros((), dtype=DECISION)
+    for name, value in fields.items():
+        record[name] = value
+    return record
+
+
+def test_a_decision_in_words() -> None:
+    reasons = int(Reason.MOVE_STARTED | Reason.ANCHOR_MOVED)
+    record = decision(
+        monotonic_ns=5_000_000_000, generation=7, tick=9, alpha=0.5, anchor=0.7, target=0.52,
+        reasons=reasons, latency_us=12.5, gain=0.034, mode=1,
+    )  # fmt: skip
+    found = explained(record, wall_offset_ns=1_700_000_000_000_000_000)
+    assert found["time"].startswith("2023-11-14T22:13:25")
+    assert set(found["reasons"]) == {"MOVE_STARTED", "ANCHOR_MOVED"}
+    line = human_line(found)
+    for part in ("22:13:25.000Z", "auto", "α=0.500", "α̂=0.700", "target=0.520", "3.40%"):
+        assert part in line
+    assert Reason.MOVE_STARTED.description in line
+    assert "\n" not in line
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(-(2**63), 2**63 - 1), st.floats())
+def test_any_record_can_be_explained(reasons: int, mode: int, number: float) -> None:
+    record = decision(mode=mode, alpha=number, anchor=number, gain=number, latency_us=number)
+    record["reasons"] = reasons
+    found = explained(record, wall_offset_ns=0)
+    assert len(found["reasons"]) == reasons.bit_count()
+    assert "NaN" not in to_json([found])
+    assert human_line(found)
+
+
+def test_every_reason_has_its_code() -> None:
+    for reason in Reason:
+        assert reason_codes(reason.value) == [reason.name]
+
+
+def test_every_metric_has_its_row() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", DOCUMENT.read_text(), re.MULTILINE))
+    exposed = {
+        family.name + ("_total" if family.type == "counter" else ""): family.type
+        for family in SidecarMetrics().registry.collect()
+    }
+    assert rows == exposed
+
+
+def test_the_supervisor_needs_no_libraries() -> None:
+    import subprocess
+    import sys
+
+    code = "import hbm_sidecar.supervisor, sys; print(*sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
+    ).stdout.split()
+    assert not {"numpy", "pydantic", "structlog", "typer", "redis", "fastapi"} & set(found)
+
+
+def test_nan_is_none_in_json() -> None:
+    found = explained(decision(anchor=math.nan, gain=math.inf), wall_offset_ns=0)
+    assert found["anchor"] is None
+    assert found["gain"] is None
