@@ -38,7 +38,7 @@ class Prober:
                     status = await self._ask(node)
             except TimeoutError:
                 self._outlier.probed(node, reachable=True, good=False)
-            except OSError:
+            except (OSError, UnicodeError):
                 self._outlier.probed(node, reachable=False, good=False)
             else:
                 self._outlier.probed(node, reachable=True, good=200 <= status < 500)
@@ -53,7 +53,7 @@ class Prober:
                 "user-agent: hbm-router\r\nconnection: close\r\n\r\n".encode()
             )
             line = await reader.readline()
-        except (ConnectionError, ValueError):
+        except (ConnectionError, ValueError):  # reset amid the answer, or a line without end
             return 0
         finally:
             writer.transport.abort()

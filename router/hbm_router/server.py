@@ -8,9 +8,8 @@ import os
 import random
 import signal
 import socket
-from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -42,6 +41,8 @@ class RouterServer:
         self._admin: AdminServer | None = None
         self._reader: SnapshotReader | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Gets the exception of a background task that should never have ended."""
         self._log = structlog.get_logger("hbm_router")
 
     async def start(self) -> None:
@@ -70,6 +71,8 @@ class RouterServer:
             loop.create_task(Prober(settings, plane.fleet, plane.outlier).run()),
             loop.create_task(self._turn()),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
         self._admin.start()
         self.lifecycle.serving = True
         self._log.info(
@@ -81,6 +84,12 @@ class RouterServer:
             backends=len(plane.fleet.nodes),
             redis=settings.redis_url is not None,
         )
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Without its sweeper a router would go on and never time out anything: better to end."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self.failed.done():
+            self.failed.set_exception(error)
 
     async def _turn(self) -> None:
         while True:
@@ -112,9 +121,8 @@ class RouterServer:
         self.lifecycle.serving = False
         for task in self._tasks:
             task.cancel()
-        for task in self._tasks:
-            with suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.failed.cancel()
         await self._discovery.stop()
         if self._server is not None:
             self._server.close()
@@ -156,7 +164,11 @@ async def serve(settings: RouterSettings) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, caught, number)
-    caught_number = await first
+    ends: list[asyncio.Future[Any]] = [first, server.failed]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    if server.failed.done():
+        server.failed.result()
+    caught_number = first.result()
     await server.drain(settle_s=0.0 if caught_number == signal.SIGINT else None)
 
 

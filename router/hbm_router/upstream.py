@@ -304,7 +304,7 @@ class UpstreamPool:
                 _, connection = await loop.create_connection(
                     lambda: UpstreamConnection(self), self._host, self._port
                 )
-        except (OSError, TimeoutError) as error:
+        except (OSError, UnicodeError) as error:  # a host name may be no name at all
             sink.connect_failed(error)
             return
         self._open.add(connection)

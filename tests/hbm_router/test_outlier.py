@@ -166,3 +166,32 @@ async def test_health_checks_of_real_backends(backends, router):
             assert reply.header("x-hbm-node") != "a"
     await a.start(port)
     await until(healthy, "the restarted node to be taken back")
+
+
+async def test_a_router_that_cannot_time_out_ends_itself(backends, router):
+    """A background task that fails is not survived in silence."""
+    server = await router(await backends("a"), head_timeout_s=0.1)
+    clients, server.plane.clients = server.plane.clients, None
+    with pytest.raises(TypeError, match="NoneType"):
+        await server.failed
+    server.plane.clients = clients
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 64 + ".invalid", "x..y"])
+async def test_names_that_do_not_resolve_are_502(router, host):
+    from hbm_router.config import RouterSettings
+    from hbm_router.server import RouterServer
+
+    server = RouterServer(
+        RouterSettings(
+            backends=f"a=http://{host}:1", port=0, probe_interval_s=0.02, connect_timeout_s=5
+        )
+    )
+    await server.start()
+    try:
+        async with connection(server.port) as client:
+            reply = await client.ask(post(), "POST")
+            assert (reply.status, reply.json()["reason"]) == (502, "connect_failed")
+        assert not server.failed.done()
+    finally:
+        await server.stop()
