@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import prometheus_client
 import uvicorn
 from hbm_pool.contracts import digest as codec
 from hbm_pool.contracts.records import COMMAND, INTENT
@@ -376,7 +375,6 @@ async def serve(config: SidecarConfig, listener: socket.socket, log: Any) -> Non
 def main() -> None:
     """Entry: `python -m hbm_sidecar.admin`, with the listening socket inherited."""
     log = configure("admin")
-    prometheus_client.disable_created_metrics()
     config = SidecarConfig()
     listener = socket.socket(fileno=int(os.environ[ADMIN_FD]))
     asyncio.run(serve(config, listener, log))

@@ -20,13 +20,14 @@ from hbm_sidecar.supervisor import ADMIN_FD, LOCK_FD
 
 LOCK_FILE: Final = "sidecar.lock"
 _BACKLOG = 128
-_SINGLE_THREADED: Final = {
+_QUIET: Final = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "NUMBA_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "2",
+    "PROMETHEUS_DISABLE_CREATED_SERIES": "true",
 }
-"""Nothing here gains from a second thread; idle ones cost memory and disturb the decision."""
+"""Nothing here gains from a second thread: idle ones cost memory and disturb the decision."""
 
 
 class LaunchError(SidecarError):
@@ -53,7 +54,7 @@ def launch(given: Mapping[str, Any]) -> NoReturn:
         log.error("no control block: decisions are switched off until there is", why=str(error))
     os.set_inheritable(lock, True)
     listener.set_inheritable(True)
-    environment = _SINGLE_THREADED | config.environment(os.environ)
+    environment = _QUIET | config.environment(os.environ)
     environment[ADMIN_FD] = str(listener.fileno())
     environment[LOCK_FD] = str(lock)
     os.execve(sys.executable, arguments, environment)
