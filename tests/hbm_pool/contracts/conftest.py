@@ -128,6 +128,13 @@ class Child:
         os.kill(self.pid, signal.SIGKILL)
         self.wait()
 
+    def alive(self) -> bool:
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
+        return self.status is None
+
     def wait(self) -> int:
         """Exit status; negative for the signal that ended it."""
         if self.status is None:

@@ -1,0 +1,695 @@
+"""Server and sidecar over their two files: restarts, other users, kills, two real processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import random
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pytest
+from hbm_pool.contracts import control_block
+from hbm_pool.contracts.control_block import (
+    SERVER_LAYOUT,
+    SIDECAR_LAYOUT,
+    ControlBlockError,
+    ControlBlockMismatch,
+    ControlBlockMissing,
+    ServerBlock,
+    ServerView,
+    SidecarBlock,
+    SidecarView,
+    age_s,
+    decode_info,
+    encode_info,
+)
+from hbm_pool.contracts.records import (
+    ABI_VERSION,
+    COMMAND,
+    CURVES,
+    INTENT,
+    TELEMETRY,
+    RequestSample,
+    ResidencySnapshot,
+    RowClass,
+    ServerInfo,
+    TableMap,
+    UserCached,
+    UserEvicted,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+PATH = Path("server.cb")
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can run as two other users")
+FOR_ANY_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+# Fields that `publish_telemetry` fills itself.
+STAMPED = ("monotonic_ns", "boot_epoch", "residency_sequence", "requests_lost")
+PLAIN = np.ones(TELEMETRY.itemsize // 8, dtype=bool)
+for _name in STAMPED:
+    PLAIN[TELEMETRY.fields[_name][1] // 8] = False  # type: ignore[index]
+
+
+def _publish(block: ServerBlock, number: int) -> None:
+    block.telemetry.reshape(1).view(np.uint64)[PLAIN] = number
+    block.publish_telemetry()
+
+
+def _number(record: Any) -> int:
+    words = record.reshape(1).view(np.uint64)[PLAIN]
+    assert (words == words[0]).all(), "a torn record"
+    return int(words[0])
+
+
+def _telemetry() -> Any:
+    return np.zeros((), TELEMETRY)
+
+
+# Server to sidecar.
+
+
+def test_what_the_server_says_is_read(
+    run_dir: Path, info: ServerInfo, make_sample: Any, same_sample: Any
+) -> None:
+    block = ServerBlock.create(run_dir, info)
+    view = ServerView.open(run_dir)
+    assert view.info == info
+    assert view.boot_epoch == block.boot_epoch
+    into = _telemetry()
+    assert not view.read_telemetry(into)
+    assert view.telemetry_age_s() == math.inf
+    block.telemetry["alpha"] = 0.375
+    block.telemetry["class_misses"] = (1, 2, 3, 4)
+    before = time.monotonic_ns()
+    block.push_user_cached(7, 640)
+    block.push_request(make_sample(1))
+    block.push_request(make_sample(2, 200_000))  # too large
+    block.publish_telemetry()
+    assert view.read_telemetry(into)
+    assert before <= into["monotonic_ns"] <= time.monotonic_ns()
+    assert 0 <= view.telemetry_age_s() <= (time.monotonic_ns() - before) / 1e9
+    assert into["alpha"] == 0.375
+    assert into["class_misses"].tolist() == [1, 2, 3, 4]
+    assert [into[name] for name in STAMPED[1:]] == [block.boot_epoch, 1, 1]
+    samples, lost = view.read_requests(10)
+    assert lost == 1
+    assert same_sample(samples[0], make_sample(1))
+    assert view.read_residency() == ([UserCached(1, 7, 640)], False)
+    assert view.read_snapshot() is None
+
+
+def test_residency_goes_on_behind_a_snapshot(run_dir: Path, info: ServerInfo) -> None:
+    block = ServerBlock.create(run_dir, info)
+    view = ServerView.open(run_dir)
+    for user in range(5):
+        assert block.push_user_cached(user, 64) == user + 1
+    snapshot = ResidencySnapshot(
+        block.boot_epoch, 3, np.arange(3), np.full(3, 64, np.uint32), np.array([9], np.uint32)
+    )
+    for _ in block.write_snapshot(snapshot):
+        pass
+    assert len(view.read_residency()[0]) == 5
+    found = view.read_snapshot()
+    assert found is not None
+    assert (found.boot_epoch, found.sequence) == (block.boot_epoch, 3)
+    assert found.users.tolist() == [0, 1, 2]
+    # What is newer than the snapshot comes again: whoever replaces all by it misses nothing.
+    assert view.read_residency() == ([UserCached(4, 3, 64), UserCached(5, 4, 64)], False)
+    assert view.read_snapshot() is None
+    assert block.push_user_evicted(0) == 6
+    assert view.read_residency() == ([UserEvicted(6, 0)], False)
+
+
+def test_after_close_nothing_is_written(run_dir: Path, info: ServerInfo, make_sample: Any) -> None:
+    block = ServerBlock.create(run_dir, info)
+    _publish(block, 5)
+    block.push_user_cached(1, 64)
+    block.close()
+    block.close()
+    _publish(block, 6)
+    assert not block.push_request(make_sample(1))
+    assert (block.push_user_cached(2, 64), block.push_user_evicted(1)) == (1, 1)
+    view, into = ServerView.open(run_dir), _telemetry()
+    assert view.read_telemetry(into)
+    assert _number(into) == 5
+    assert view.read_requests(9) == ([], 0)
+    assert view.read_residency() == ([UserCached(1, 1, 64)], False)
+
+
+def test_independent_readers_lose_nothing_to_each_other(
+    run_dir: Path, info: ServerInfo, make_sample: Any
+) -> None:
+    block = ServerBlock.create(run_dir, info)
+    one, other = ServerView.open(run_dir), ServerView.open(run_dir)
+    for number in range(10):
+        block.push_request(make_sample(number))
+    assert len(one.read_requests(10)[0]) == 10
+    assert len(other.read_requests(4)[0]) == 4
+    assert len(other.read_requests(10)[0]) == 6
+
+
+# The description of the server.
+
+
+def test_a_description_comes_back_whatever_its_slo(info: ServerInfo) -> None:
+    for each in (info, dataclasses.replace(info, slo_ms=math.inf)):
+        assert decode_info(encode_info(each) + bytes(100), PATH) == each
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"extents": 0}, "extents is 0"),
+        ({"extents": 1 << 20}, "use larger extents"),
+        ({"page_tokens": -1}, "page_tokens is -1"),
+        ({"sample_rate": 0.0}, "sample_rate is 0.0"),
+        ({"sample_rate": math.nan}, "sample_rate is nan"),
+        ({"alpha_min": 0.9, "alpha_max": 0.1}, "alpha_min 0.9 and alpha_max 0.1"),
+        ({"alpha_max": 1.5}, "alpha_max 1.5"),
+        ({"slo_ms": 0.0}, "slo_ms is 0.0"),
+        ({"tables": (TableMap("t", 0, 0, False),)}, "class 1 names tables"),
+        ({"tables": (TableMap("t", 5, 2, False),) * 2}, "table t has 5 rows in class 2"),
+        ({"classes": (RowClass(1, 1, 1, ()),) * 5}, "5 row-width classes"),
+        ({"classes": (RowClass(0, 1, 1, ()),)}, "class 0 has 0 bytes"),
+        ({"versions": {"x": "y" * 70_000}}, "has room for 65528"),
+    ],
+)
+def test_a_description_no_reader_would_accept_is_not_published(
+    run_dir: Path, info: ServerInfo, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ControlBlockError, match=named):
+        ServerBlock.create(run_dir, dataclasses.replace(info, **changes))
+    assert os.listdir(run_dir) == []
+
+
+@FOR_ANY_FIXTURE
+@given(at=st.integers(0, 600), noise=st.binary(min_size=1, max_size=20))
+def test_a_damaged_description_is_refused(info: ServerInfo, at: int, noise: bytes) -> None:
+    raw = bytearray(encode_info(info))
+    at %= len(raw)
+    before = bytes(raw)
+    raw[at : at + len(noise)] = noise
+    if bytes(raw[: len(before)]) != before:
+        with pytest.raises(ControlBlockMismatch, match="description"):
+            decode_info(bytes(raw), PATH)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def _described(text: bytes) -> bytes:
+    return crc32(text).to_bytes(4, "little") + len(text).to_bytes(4, "little") + text
+
+
+@given(st.binary(min_size=8, max_size=200))
+def test_foreign_bytes_are_no_description(raw: bytes) -> None:
+    for each in (raw, _described(raw)):
+        with pytest.raises(ControlBlockMismatch, match="description"):
+            decode_info(each, PATH)
+
+
+@FOR_ANY_FIXTURE
+@given(name=st.sampled_from([field.name for field in dataclasses.fields(ServerInfo)]), value=JSON)
+def test_a_description_with_any_value_in_a_field_is_read_or_refused(
+    info: ServerInfo, name: str, value: Any
+) -> None:
+    text = json.dumps({**dataclasses.asdict(info), name: value, "later": 1}).encode()
+    try:
+        found = decode_info(_described(text), PATH)
+    except ControlBlockMismatch:
+        return
+    assert encode_info(found)
+
+
+# Sidecar to server.
+
+
+def test_what_the_sidecar_says_is_read(run_dir: Path) -> None:
+    block = SidecarBlock.create(run_dir)
+    view = SidecarView.open(run_dir)
+    reads: list[tuple[Callable[[Any], bool], Callable[[Any], None], Any, str]] = [
+        (view.read_command, block.write_command, COMMAND, "alpha"),
+        (view.read_intent, block.write_intent, INTENT, "alpha_min"),
+        (view.read_curves, block.write_curves, CURVES, "warm"),
+    ]
+    for read, write, dtype, field in reads:
+        mine, into = np.zeros((), dtype), np.zeros((), dtype)
+        assert not read(into)
+        assert age_s(into) == math.inf
+        mine[field] = 0.25
+        write(mine)
+        assert read(into)
+        assert into[field] == 0.25
+        assert 0 <= age_s(into) < math.inf
+        assert mine["monotonic_ns"] == 0  # the caller's record is left alone
+    assert view.snapshot_requests() == 0
+    block.request_snapshot()
+    assert view.snapshot_requests() == 1
+    assert len(view.read_decisions(5)) == 0
+    block.decision["tick"] = 8
+    block.push_decision(block.decision)
+    assert view.read_decisions(5)["tick"].tolist() == [8]
+
+
+def test_records_from_before_the_machine_started_are_infinitely_old() -> None:
+    record = np.zeros((), COMMAND)
+    record["monotonic_ns"] = time.monotonic_ns() + 10**12
+    assert age_s(record) == math.inf
+
+
+def test_each_child_writes_its_own_regions_only(run_dir: Path) -> None:
+    SidecarBlock.create(run_dir)
+    decide, twin, admin = (SidecarBlock.open(run_dir) for _ in range(3))
+    path = run_dir / "sidecar.cb"
+
+    def changed(write: Callable[[], None]) -> set[str]:
+        before = path.read_bytes()
+        write()
+        after = path.read_bytes()
+        names = {
+            name
+            for name in SIDECAR_LAYOUT._regions
+            if before[SIDECAR_LAYOUT.region(name)] != after[SIDECAR_LAYOUT.region(name)]
+        }
+        outside = bytearray(after)
+        for name in names:
+            outside[SIDECAR_LAYOUT.region(name)] = before[SIDECAR_LAYOUT.region(name)]
+        assert bytes(outside) == before
+        return names
+
+    for _ in range(3):
+        assert changed(lambda: decide.write_command(decide.command)) == {"command"}
+        assert changed(lambda: decide.push_decision(decide.decision)) == {"decisions"}
+        assert changed(lambda: twin.write_curves(np.zeros((), CURVES))) == {"curves"}
+        assert changed(lambda: admin.write_intent(np.zeros((), INTENT))) == {"intent"}
+        assert changed(admin.request_snapshot) == {"snapshot_request"}
+
+
+# Restarts.
+
+
+def test_the_sidecar_keeps_its_file_over_a_restart(run_dir: Path) -> None:
+    first = SidecarBlock.create(run_dir)
+    view = SidecarView.open(run_dir)
+    for _ in range(3):
+        first.command["generation"] += np.uint64(1)
+        first.write_command(first.command)
+        first.push_decision(first.decision)
+        first.request_snapshot()
+    second = SidecarBlock.create(run_dir)
+    assert second.boot_epoch == first.boot_epoch
+    assert second.command["generation"] == 3  # a restarted decide sees what it said last
+    second.request_snapshot()
+    second.push_decision(second.decision)
+    second.command["generation"] += np.uint64(1)
+    second.write_command(second.command)
+    into = np.zeros((), COMMAND)
+    assert not view.refresh()
+    assert view.read_command(into)
+    assert into["generation"] == 4
+    assert view.snapshot_requests() == 4
+    assert len(view.read_decisions(9)) == 4
+
+
+@pytest.mark.parametrize("damage", ["header", "size", "version"])
+def test_the_sidecar_replaces_a_file_it_cannot_use(run_dir: Path, damage: str) -> None:
+    block = SidecarBlock.create(run_dir)
+    block.write_command(block.command)
+    view = SidecarView.open(run_dir)
+    path = run_dir / "sidecar.cb"
+    if damage == "size":
+        os.truncate(path, SIDECAR_LAYOUT.file_bytes + 1)
+    else:
+        header = SIDECAR_LAYOUT.header(block.boot_epoch, ABI_VERSION + (damage == "version"))
+        with path.open("r+b") as file:
+            file.write(header if damage == "version" else bytes(100))
+    with pytest.raises(ControlBlockMismatch):
+        SidecarBlock.open(run_dir)
+    SidecarBlock.create(run_dir)
+    assert view.refresh()
+    assert not view.refresh()
+    into = np.zeros((), COMMAND)
+    into["alpha"] = 0.5
+    assert not view.read_command(into)
+    assert into["alpha"] == 0.5  # the last good value stays with the reader
+
+
+def test_a_restarted_server_is_a_new_boot(
+    run_dir: Path, info: ServerInfo, make_sample: Any
+) -> None:
+    first = ServerBlock.create(run_dir, info)
+    view, into = ServerView.open(run_dir), _telemetry()
+    _publish(first, 4)
+    for number in range(10):
+        first.push_request(make_sample(number))
+        first.push_user_cached(number, 64)
+    assert len(view.read_requests(3)[0]) == 3
+    view.read_residency()
+    assert view.read_telemetry(into)
+    assert not view.refresh()
+
+    second = ServerBlock.create(run_dir, dataclasses.replace(info, node="other"))
+    assert second.boot_epoch != first.boot_epoch
+    # Until it looks, the view stays with the old file; it then has the new one only.
+    assert view.read_telemetry(into)
+    assert view.refresh()
+    assert not view.refresh()
+    assert (view.boot_epoch, view.info.node) == (second.boot_epoch, "other")
+    assert not view.read_telemetry(into)
+    assert _number(into) == 4
+    assert view.telemetry_age_s() == math.inf
+    second.push_request(make_sample(99))
+    samples, lost = view.read_requests(10)
+    assert (len(samples), lost) == (1, 7)
+    assert view.read_residency() == ([], False)
+    second.push_user_cached(5, 64)
+    assert view.read_residency() == ([UserCached(1, 5, 64)], False)
+    _publish(second, 8)
+    assert view.read_telemetry(into)
+    assert (_number(into), into["boot_epoch"]) == (8, second.boot_epoch)
+
+
+def test_a_command_names_the_boot_it_is_for(run_dir: Path, info: ServerInfo) -> None:
+    sidecar = SidecarBlock.create(run_dir)
+    first = ServerBlock.create(run_dir, info)
+    sidecar.command["boot_epoch"] = first.boot_epoch
+    sidecar.write_command(sidecar.command)
+    second = ServerBlock.create(run_dir, info)
+    view, into = SidecarView.open(run_dir), np.zeros((), COMMAND)
+    assert view.read_command(into)
+    assert into["boot_epoch"] == first.boot_epoch != second.boot_epoch
+
+
+@pytest.mark.parametrize("server_first", [True, False])
+def test_either_side_may_start_first(run_dir: Path, info: ServerInfo, server_first: bool) -> None:
+    if server_first:
+        server = ServerBlock.create(run_dir, info)
+        with pytest.raises(ControlBlockMissing, match=r"sidecar\.cb"):
+            SidecarView.open(run_dir)
+        sidecar = SidecarBlock.create(run_dir)
+    else:
+        sidecar = SidecarBlock.create(run_dir)
+        with pytest.raises(ControlBlockMissing, match=r"server\.cb"):
+            ServerView.open(run_dir)
+        server = ServerBlock.create(run_dir, info)
+    from_server, from_sidecar = ServerView.open(run_dir), SidecarView.open(run_dir)
+    telemetry, command = _telemetry(), np.zeros((), COMMAND)
+    for number in range(1, 4):  # each side restarts in turn, the other one follows
+        _publish(server, number)
+        sidecar.command["generation"] = number
+        sidecar.write_command(sidecar.command)
+        from_server.refresh()
+        from_sidecar.refresh()
+        assert from_server.read_telemetry(telemetry)
+        assert from_sidecar.read_command(command)
+        assert (_number(telemetry), command["generation"]) == (number, number)
+        if number % 2 == server_first:
+            server = ServerBlock.create(run_dir, info)
+        else:
+            (run_dir / "sidecar.cb").unlink()
+            sidecar = SidecarBlock.create(run_dir)
+
+
+def test_a_file_that_vanishes_or_speaks_another_version_leaves_the_last_good(
+    run_dir: Path, info: ServerInfo
+) -> None:
+    block = ServerBlock.create(run_dir, info)
+    _publish(block, 6)
+    view, into = ServerView.open(run_dir), _telemetry()
+    path = run_dir / "server.cb"
+    path.rename(run_dir / "aside")
+    assert not view.refresh()
+    assert view.read_telemetry(into)
+    assert _number(into) == 6
+    newer = bytearray(SERVER_LAYOUT.file_bytes)
+    header = SERVER_LAYOUT.header(3, ABI_VERSION + 1)
+    newer[: len(header)] = header
+    path.write_bytes(newer)
+    for _ in range(2):
+        with pytest.raises(ControlBlockMismatch, match="version 2, this program speaks 1"):
+            view.refresh()
+    with pytest.raises(ControlBlockMismatch, match="run the same release"):
+        ServerView.open(run_dir)
+    _publish(block, 7)
+    assert view.read_telemetry(into)
+    assert _number(into) == 7
+    assert view.boot_epoch == block.boot_epoch
+    ServerBlock.create(run_dir, info)
+    assert view.refresh()
+
+
+@pytest.mark.parametrize("region", ["telemetry", "requests", "residency", "snapshot"])
+def test_noise_in_a_region_is_survived_by_all_reads(
+    run_dir: Path, info: ServerInfo, make_sample: Any, same_sample: Any, region: str
+) -> None:
+    noise = random.Random(region)
+    block = ServerBlock.create(run_dir, info)
+    into = _telemetry()
+    for _ in range(8):
+        _publish(block, 3)
+        for number in range(20):
+            block.push_request(make_sample(number))
+            block.push_user_cached(number, 1)
+        place = SERVER_LAYOUT.region(region)
+        with (run_dir / "server.cb").open("r+b") as file:
+            file.seek(place.start)
+            file.write(noise.randbytes(min(place.stop - place.start, 100_000)))
+        view = ServerView.open(run_dir)
+        if view.read_telemetry(into):
+            assert _number(into) == 3
+        samples, lost = view.read_requests(1000)
+        assert lost >= 0
+        for sample in samples:
+            assert same_sample(sample, make_sample(sample.user + (1 << 62)))
+        for event in view.read_residency()[0]:
+            assert isinstance(event, UserCached)
+            assert (event.user, event.tokens) == ((event.sequence - 1) % 20, 1)
+        assert view.read_snapshot() is None
+
+
+# Other processes.
+
+
+@needs_root
+def test_each_user_reads_the_other_file_and_writes_its_own_only(
+    run_dir: Path, info: ServerInfo, fork: Callable[..., Any]
+) -> None:
+    server_uid, sidecar_uid = 1000, 65532
+
+    def make_server() -> None:
+        os.umask(0o077)
+        _publish(ServerBlock.create(run_dir, info), 11)
+
+    def make_sidecar() -> None:
+        os.umask(0o077)
+        block = SidecarBlock.create(run_dir)
+        block.command["generation"] = 12
+        block.write_command(block.command)
+        assert SidecarBlock.open(run_dir).command["generation"] == 12
+
+    def read_server() -> None:
+        into = _telemetry()
+        assert ServerView.open(run_dir).read_telemetry(into)
+        assert _number(into) == 11
+        for mode in (os.O_RDWR, os.O_WRONLY):
+            with pytest.raises(PermissionError):
+                os.open(run_dir / "server.cb", mode)
+
+    def read_sidecar() -> None:
+        into = np.zeros((), COMMAND)
+        view = SidecarView.open(run_dir)
+        assert view.read_command(into)
+        assert into["generation"] == 12
+        with pytest.raises(ControlBlockError, match="Permission denied"):
+            SidecarBlock.open(run_dir)
+
+    assert fork(make_server, server_uid).wait() == 0
+    assert fork(make_sidecar, sidecar_uid).wait() == 0
+    assert fork(read_server, sidecar_uid).wait() == 0
+    assert fork(read_sidecar, server_uid).wait() == 0
+    for name, uid in (("server.cb", server_uid), ("sidecar.cb", sidecar_uid)):
+        status = (run_dir / name).stat()
+        assert (status.st_uid, stat.S_IMODE(status.st_mode)) == (uid, 0o644)
+
+
+@needs_root
+def test_a_directory_of_another_user_is_named(
+    run_dir: Path, info: ServerInfo, fork: Callable[..., Any]
+) -> None:
+    run_dir.chmod(0o755)
+
+    def body() -> None:
+        with pytest.raises(ControlBlockError, match="Permission denied; the run directory must"):
+            ServerBlock.create(run_dir, info)
+
+    assert fork(body, 65532).wait() == 0
+
+
+def _serve(directory: Path, info: ServerInfo, make_sample: Callable[..., RequestSample]) -> None:
+    """A server that writes all its regions without pause until it is killed."""
+    block = ServerBlock.create(directory, info)
+    number = 0
+    while True:
+        block.push_request(make_sample(number, number % 30))
+        block.push_user_cached(number, number % 1000 + 1)
+        number += 1
+        _publish(block, number)
+        if number % 50 == 0:
+            users = np.arange(number % 997, dtype=np.int64)
+            tokens = np.full(len(users), number, np.uint32)
+            snapshot = ResidencySnapshot(0, number, users, tokens, tokens[:10])
+            for _ in block.write_snapshot(snapshot, 100):
+                pass
+
+
+def test_a_killed_server_leaves_whole_records_at_any_instant(
+    run_dir: Path,
+    info: ServerInfo,
+    make_sample: Any,
+    same_sample: Any,
+    fork: Callable[..., Any],
+    wait_until: Callable[..., Any],
+) -> None:
+    instants = random.Random(5)
+    view: ServerView | None = None
+    into = _telemetry()
+    seen_epochs = set()
+    for _ in range(25):
+        server = fork(lambda: _serve(run_dir, info, make_sample))
+        if view is None:
+            wait_until((run_dir / "server.cb").exists, "server.cb")
+            view = ServerView.open(run_dir)
+        else:
+            wait_until(view.refresh, "the file of the restarted server")
+        seen_epochs.add(view.boot_epoch)
+        target = instants.randrange(1, 400)
+        while not (view.read_telemetry(into) and _number(into) >= target):
+            assert server.alive()
+        for _ in range(instants.randrange(2000)):
+            pass
+        server.kill()
+        assert view.read_telemetry(into)
+        number = _number(into)
+        assert number >= target
+        samples, lost = view.read_requests(100_000)
+        assert len(samples) + lost in (number, number + 1)  # it may have died before publishing
+        for sample in samples:
+            written = sample.user + (1 << 62)
+            assert same_sample(sample, make_sample(written, written % 30))
+        events, _ = view.read_residency()
+        for event in events:
+            assert event == UserCached(event.sequence, event.sequence - 1, event.user % 1000 + 1)
+        snapshot = view.read_snapshot()
+        assert number == 50 or (snapshot is not None) == (number > 50)
+        if snapshot is not None:
+            assert len(snapshot.users) == snapshot.sequence % 997
+            assert (snapshot.tokens == snapshot.sequence).all()
+        # A reader that comes later finds the same.
+        assert ServerView.open(run_dir).read_telemetry(into)
+        assert _number(into) == number
+    assert len(seen_epochs) == 25
+
+
+def test_no_torn_record_in_100_000_reads_beside_a_writer(
+    run_dir: Path,
+    info: ServerInfo,
+    fork: Callable[..., Any],
+    wait_until: Callable[..., Any],
+) -> None:
+    block = ServerBlock.create(run_dir, info)
+
+    def write() -> None:
+        number = 0
+        while True:
+            number += 1
+            _publish(block, number)
+
+    writer = fork(write)
+    view, into = ServerView.open(run_dir), _telemetry()
+    wait_until(lambda: view.read_telemetry(into), "telemetry")
+    reads, newest, changes = 0, 0, 0
+    while reads < 100_000 or changes < 100:
+        if view.read_telemetry(into):
+            reads += 1
+            number = _number(into)
+            assert number >= newest
+            changes += number != newest
+            newest = number
+    writer.kill()
+
+
+def test_every_request_and_event_of_a_writer_is_read_or_counted(
+    run_dir: Path,
+    info: ServerInfo,
+    make_sample: Any,
+    same_sample: Any,
+    fork: Callable[..., Any],
+    wait_until: Callable[..., Any],
+) -> None:
+    total = 60_000
+    block = ServerBlock.create(run_dir, info)
+
+    def write() -> None:
+        for number in range(total):
+            block.push_request(make_sample(number, number % 50))
+            block.push_user_cached(number, 1)
+
+    view = ServerView.open(run_dir)
+    writer = fork(write)
+    place, read = 0, 0
+    sequence, gaps = 0, 0
+
+    def follow() -> bool:
+        nonlocal place, read, sequence, gaps
+        samples, lost = view.read_requests(500)
+        for sample in samples[:: max(1, len(samples) // 20)]:
+            number = sample.user + (1 << 62)
+            assert same_sample(sample, make_sample(number, number % 50))
+        if not lost:
+            assert [sample.user + (1 << 62) for sample in samples] == list(
+                range(place, place + len(samples))
+            )
+        place += len(samples) + lost
+        read += len(samples)
+        events, gap = view.read_residency()
+        assert [event.sequence for event in events] == list(
+            range(sequence + 1, sequence + 1 + len(events))
+        )
+        sequence += len(events)
+        assert all(event.user == event.sequence - 1 for event in events)
+        gaps += gap
+        return place == total and (gap or sequence == total)
+
+    wait_until(follow, "every sample and event")
+    assert writer.wait() == 0
+    assert gaps == 0  # the ring holds more events than this
+    assert read > 0
+    assert view.read_requests(10) == ([], 0)
+
+
+def test_the_public_names_are_those_of_the_contract() -> None:
+    assert set(control_block.__all__) == {
+        "ControlBlockError",
+        "ControlBlockMismatch",
+        "ControlBlockMissing",
+        "ServerBlock",
+        "ServerView",
+        "SidecarBlock",
+        "SidecarView",
+        "age_s",
+    }
