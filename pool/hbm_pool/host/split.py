@@ -32,10 +32,6 @@ class EmbSide(Protocol):
     def num_extents(self) -> int:
         """Extents it holds, those being emptied included."""
 
-    @property
-    def draining_extents(self) -> int:
-        """Extents a planned shrink has marked and not emptied yet."""
-
     def grow(self, extents: Extents) -> None:
         """Takes over extents, whatever their bytes are."""
 
@@ -43,13 +39,13 @@ class EmbSide(Protocol):
         """Marks `n` more extents to be emptied; returns how many were found."""
 
     def cancel_shrink(self) -> int:
-        """Keeps the marked extents that are not empty yet; returns how many."""
+        """Keeps the marked extents that are not released yet; returns how many."""
 
     def shrink_step(self, budget_us: float) -> Extents:
         """Relocates rows for about `budget_us`; returns the extents it emptied."""
 
     def drop(self, n: int) -> Extents:
-        """Gives up `n` extents with all their rows, O(extents)."""
+        """Gives up `n` extents with all their rows, O(extents); marked ones go first."""
 
 
 class SplitCounters(NamedTuple):
@@ -98,6 +94,7 @@ class Split:
         self._drop_only = False
         self._requested: tuple[int, bool] | None = None
         self._under_way = False
+        self._promised = 0  # extents EMB has marked for us and not released yet
         emb.grow(ledger.take(Owner.EMB, emb_extents))
         kv.limit = ledger.num_extents - emb_extents
 
@@ -171,7 +168,7 @@ class Split:
                     return False
                 self.kv.limit = max(self.kv.limit, held + granted + short)
             if short > promised:
-                given = self.emb.drop(short - promised)
+                given = self._drop(short - promised)
                 with self.lock:
                     self.ledger.give_back(given, self.clock.fence(Lane.EMB))
                     self.ledger.reap()
@@ -211,8 +208,7 @@ class Split:
         if missing < 0:
             self._shrink_emb(-missing, drop_only)
         else:
-            if self.emb.draining_extents:
-                self.emb.cancel_shrink()
+            self._cancel_shrink()
             if missing > 0:
                 self._grow_emb(missing, drop_only)
         with self.lock:
@@ -234,18 +230,28 @@ class Split:
 
     def _shrink_emb(self, surplus: int, drop_only: bool) -> None:
         if drop_only:
-            given = self.emb.drop(surplus)
+            given = self._drop(surplus)
         else:
-            if self.emb.draining_extents > surplus:
-                self.emb.cancel_shrink()
-            draining = self.emb.draining_extents
-            if draining < surplus:
-                self.emb.plan_shrink(surplus - draining)
+            if self._promised > surplus:
+                self._cancel_shrink()
+            if self._promised < surplus:
+                self._promised += self.emb.plan_shrink(surplus - self._promised)
             given = self.emb.shrink_step(self.slice_budget_us)
+            self._promised -= len(given)
         if len(given):
             with self.lock:
                 self.ledger.give_back(given, self.clock.fence(Lane.EMB))
                 self.moved_extents += len(given)
+
+    def _drop(self, n: int) -> Extents:
+        given = self.emb.drop(n)
+        self._promised = max(0, self._promised - len(given))
+        return given
+
+    def _cancel_shrink(self) -> None:
+        if self._promised:
+            self.emb.cancel_shrink()
+            self._promised = 0
 
     def _grow_emb(self, missing: int, drop_only: bool) -> None:
         """Takes what is free, and has KV give up the rest: spare extents, then the coldest users.
