@@ -42,6 +42,10 @@ _RESIDUAL: Final = int(Reason.RESIDUAL)
 _REFILL_PAUSED: Final = int(Reason.REFILL_PAUSED)
 
 
+_new: Final = tuple.__new__
+"""Makes a NamedTuple from its fields in order, in half the time of its own constructor."""
+
+
 class Policy:
     """The layers of one configuration. Holds no state: that travels in `PolicyState`."""
 
@@ -222,40 +226,46 @@ def _command(
     apply = state.mode != _RECOMMEND
     if apply and (alpha != state.command_alpha or refill != state.command_refill):
         generation = max(generation, reading.command_generation) + 1
-    remembered = PolicyState(
-        state.boot_epoch,
-        state.tick + 1,
-        reading.now_ns,
-        state.mode,
-        generation,
-        alpha if apply else state.command_alpha,
-        refill if apply else state.command_refill,
-        steered.target,
-        steered.goal,
-        steered.move_size,
-        steered.move_ns,
-        steered.move_accesses,
-        reading.emb_accesses,
-        estimate.anchor,
-        estimate.curve_alpha,
-        estimate.curve_cost_ms,
-        estimate.curve_requests,
-        gate,
+    remembered = _new(
+        PolicyState,
+        (
+            state.boot_epoch,
+            state.tick + 1,
+            reading.now_ns,
+            state.mode,
+            generation,
+            alpha if apply else state.command_alpha,
+            refill if apply else state.command_refill,
+            steered.target,
+            steered.goal,
+            steered.move_size,
+            steered.move_ns,
+            steered.move_accesses,
+            reading.emb_accesses,
+            estimate.anchor,
+            estimate.curve_alpha,
+            estimate.curve_cost_ms,
+            estimate.curve_requests,
+            gate,
+        ),
     )
-    return Decision(
-        apply,
-        alpha,
-        refill,
-        generation,
-        False,
-        reasons,
-        remembered.tick,
-        state.mode,
-        reading.alpha,
-        estimate.anchor,
-        estimate.gain,
-        estimate.trust,
-        remembered,
+    return _new(
+        Decision,
+        (
+            apply,
+            alpha,
+            refill,
+            generation,
+            False,
+            reasons,
+            remembered.tick,
+            state.mode,
+            reading.alpha,
+            estimate.anchor,
+            estimate.gain,
+            estimate.trust,
+            remembered,
+        ),
     )
 
 

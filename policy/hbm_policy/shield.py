@@ -19,6 +19,7 @@ _NS_PER_MS: Final = 1_000_000
 _EPSILON: Final = 1e-9
 _MAX_STEP_S: Final = 1.0
 """A tick that comes late does not make the ramp jump."""
+_FIXED: Final = int(Mode.FIXED)
 _MODES: Final = frozenset(int(mode) for mode in Mode)
 _NO_TELEMETRY: Final = int(Reason.NO_TELEMETRY)
 _STALE: Final = int(Reason.TELEMETRY_STALE)
@@ -37,6 +38,10 @@ _FINISHED: Final = int(Reason.MOVE_FINISHED)
 _STOPPED: Final = int(Reason.MOVE_STOPPED)
 _BOUNDED: Final = int(Reason.BOUNDED)
 _SERVER_MOVING: Final = int(Reason.SERVER_MOVING)
+
+
+_new: Final = tuple.__new__
+"""Makes a NamedTuple from its fields in order, in half the time of its own constructor."""
 
 
 class Wish(NamedTuple):
@@ -98,7 +103,7 @@ class Shield:
             and 0.0 <= reading.refill_bytes_per_s < math.inf
         ):
             return _INTENT_INVALID
-        if reading.mode == Mode.FIXED and not 0.0 <= reading.alpha_fixed <= 1.0:
+        if reading.mode == _FIXED and not 0.0 <= reading.alpha_fixed <= 1.0:
             return _INTENT_INVALID
         return _DRAINING if reading.draining else 0
 
@@ -123,44 +128,47 @@ class Shield:
         low, high = bounds
         target, goal = state.target, state.goal
         size, reasons = state.move_size, 0
-        moved_ns, moved_accesses = state.move_ns, state.move_accesses
         if not low <= target <= high:
             wish = Wish(min(max(target, low), high), 0.0, 0.0, 1.0, free=True)
             reasons = _BOUNDED
-        wanted = target
-        if wish is not None and wish.alpha == wish.alpha:
-            wanted = min(max(wish.alpha, low), high)
-            if wanted != wish.alpha:
-                reasons |= _BOUNDED
-        under_way = abs(goal - target) > _EPSILON
-        if under_way and not low <= goal <= high:
+        if not low <= goal <= high:
             goal = min(max(goal, low), high)
             reasons |= _BOUNDED
-        if wish is not None and wish.free:
-            goal, size = wanted, abs(wanted - reading.alpha)
-        elif under_way and wish is not None and (wanted - target) * (goal - target) <= 0.0:
-            goal = target
-            reasons |= _STOPPED
-        elif not under_way and wish is not None:
-            start = self._may_start(reading, state, wish, wanted)
-            reasons |= start
-            if start == _STARTED:
-                step = (wanted - target) * self.config.move_fraction
-                goal, size = target + step, abs(step)
-        if abs(goal - target) <= _EPSILON:
-            return Steered(target, target, size, moved_ns, moved_accesses, reasons)
+        if wish is not None:
+            wanted = wish.alpha
+            if not low <= wanted <= high:
+                wanted = min(max(wanted, low), high) if wanted == wanted else target
+                reasons |= _BOUNDED
+            ahead = goal - target
+            if wish.free:
+                goal, size = wanted, abs(wanted - reading.alpha)
+            elif ahead > _EPSILON or ahead < -_EPSILON:
+                if (wanted - target) * ahead <= 0.0:
+                    goal = target
+                    reasons |= _STOPPED
+            else:
+                start = self._may_start(reading, state, wish, wanted)
+                reasons |= start
+                if start == _STARTED:
+                    step = (wanted - target) * self.config.move_fraction
+                    goal, size = target + step, abs(step)
+        ahead = goal - target
+        if -_EPSILON <= ahead <= _EPSILON:
+            return _new(
+                Steered, (target, target, size, state.move_ns, state.move_accesses, reasons)
+            )
         elapsed_s = min(max((reading.now_ns - state.now_ns) / 1e9, 0.0), _MAX_STEP_S)
         scale = 1.0 if wish is None else wish.slew_scale
         reach = self.config.slew_per_s * scale * elapsed_s
-        if abs(goal - target) <= reach + _EPSILON:
+        if abs(ahead) <= reach + _EPSILON:
             target = goal
             reasons |= _FINISHED
         else:
-            target += math.copysign(reach, goal - target)
+            target += math.copysign(reach, ahead)
             reasons |= _RAMPING
         # From outside the bounds the ramp does not count: whatever is commanded is allowed.
         target = min(max(target, low), high)
-        return Steered(target, goal, size, reading.now_ns, reading.emb_accesses, reasons)
+        return _new(Steered, (target, goal, size, reading.now_ns, reading.emb_accesses, reasons))
 
     def _may_start(self, reading: Reading, state: PolicyState, wish: Wish, wanted: float) -> int:
         config = self.config
