@@ -73,7 +73,7 @@ def parse_backends(text: str) -> tuple[Backend, ...]:
             port = parts.port
         except ValueError as error:
             raise ValueError(f"backend {name!r}: {url!r} is not an address ({error})") from error
-        if parts.scheme != "http" or not parts.hostname:
+        if parts.scheme != "http" or not parts.hostname or parts.netloc.endswith(":"):
             raise ValueError(f"backend {name!r}: {url!r} must look like http://HOST:PORT")
         if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username:
             raise ValueError(

@@ -267,18 +267,18 @@ class Exchange:
         framed = request_id_seen = False
         for name, value in fields:
             key = name.lower()
-            if key in wire.HOP_BY_HOP:
-                if key == b"connection":
-                    named |= {token.strip().lower() for token in value.split(b",")}
-                continue
-            if key in wire.FROM_SERVER:
-                told[key] = value
-            elif key == b"content-length":
-                framed = True
-            elif key == wire.REQUEST_ID:
-                request_id_seen = True
-            elif key in (wire.NODE, wire.DECISION):
-                continue
+            action = wire.RESPONSE_FIELDS.get(key)
+            if action is not None:
+                if action == wire.TELLS:
+                    told[key] = value
+                elif action == wire.LENGTH:
+                    framed = True
+                elif action == wire.ID:
+                    request_id_seen = True
+                else:
+                    if action == wire.CONNECTION:
+                        named |= {token.strip().lower() for token in value.split(b",")}
+                    continue
             lines.append(b"%b: %b\r\n" % (name, value))
         named -= {b"close", b"keep-alive", b"content-length", b"upgrade", b"", wire.REQUEST_ID}
         if named:

@@ -19,17 +19,6 @@ MAX_TARGET_BYTES: Final = 16 << 10
 MAX_REQUEST_ID_BYTES: Final = 256
 IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"TRACE"})
 
-_REMEMBERED: Final = frozenset(
-    {
-        wire.USER_ID,
-        wire.HISTORY_TOKENS,
-        wire.CANDIDATES,
-        wire.REQUEST_ID,
-        wire.DEADLINE_MS,
-        wire.TOP_SHARDS,
-    }
-)
-
 
 class RequestHead:
     """Collects a head from parser callbacks; `finish` says what is wrong with it, if anything."""
@@ -78,28 +67,27 @@ class RequestHead:
         """One header field as parsed."""
         self.size_bytes += len(name) + len(value) + 4
         key = name.lower()
-        if key in wire.HOP_BY_HOP:
-            if key == b"connection":
-                self._connection.append(value)
-            elif key == b"transfer-encoding":
-                self._codings.append(value)
-                self.chunked = True
-            return
-        if key in _REMEMBERED:
+        action = wire.REQUEST_FIELDS.get(key)
+        if action is None:
+            self.fields.append((name, value))
+        elif action == wire.ROUTES:
             self.known.setdefault(key, value)
-        elif key == b"host":
+            self.fields.append((name, value))
+        elif action == wire.HOST:
             self._hosts.append(value)
-        elif key == b"content-length":
+            self.fields.append((name, value))
+        elif action == wire.LENGTH:
             self.content_length = int(value)
-            return
-        elif key == b"expect":
+        elif action == wire.CONNECTION:
+            self._connection.append(value)
+        elif action == wire.CODING:
+            self._codings.append(value)
+            self.chunked = True
+        elif action == wire.EXPECT:
             self.expect_continue = True
             self.known[key] = value
-            return
-        elif key == b"x-forwarded-for":
+        elif action == wire.FORWARDED:
             self._forwarded_for.append(value)
-            return
-        self.fields.append((name, value))
 
     def finish(self, rng: random.Random, max_body_bytes: int) -> Refusal | None:
         """Checks the head, completes it (request id, origin-form target)."""

@@ -41,10 +41,34 @@ NODE: Final = headers.NODE.encode()
 DECISION: Final = headers.DECISION.encode()
 DROPPED_REASON: Final = headers.DROPPED_REASON.encode()
 
-FROM_SERVER: Final = frozenset(
-    {HISTORY_TOKENS, CANDIDATES, KV_REUSED_TOKENS, SERVICE_MS, QUEUE_MS, TOP_SHARDS}
-)
-"""Response fields the router learns from; passed on too."""
+DROP, CONNECTION, TELLS, LENGTH, ID, CODING, HOST, EXPECT, FORWARDED, ROUTES = range(10)
+RESPONSE_FIELDS: Final = {
+    **dict.fromkeys(HOP_BY_HOP, DROP),
+    b"connection": CONNECTION,
+    # What the router learns from; passed on too.
+    **dict.fromkeys(
+        (HISTORY_TOKENS, CANDIDATES, KV_REUSED_TOKENS, SERVICE_MS, QUEUE_MS, TOP_SHARDS), TELLS
+    ),
+    b"content-length": LENGTH,
+    REQUEST_ID: ID,
+    # Only we say this.
+    NODE: DROP,
+    DECISION: DROP,
+}
+"""What is done with a response field; most are passed on and need no look."""
+REQUEST_FIELDS: Final = {
+    **dict.fromkeys(HOP_BY_HOP, DROP),
+    b"connection": CONNECTION,
+    b"transfer-encoding": CODING,
+    **dict.fromkeys(
+        (USER_ID, HISTORY_TOKENS, CANDIDATES, REQUEST_ID, DEADLINE_MS, TOP_SHARDS), ROUTES
+    ),
+    b"host": HOST,
+    b"content-length": LENGTH,
+    b"expect": EXPECT,
+    b"x-forwarded-for": FORWARDED,
+}
+"""The same for requests."""
 
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK: Final = b"0\r\n\r\n"

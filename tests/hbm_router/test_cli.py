@@ -36,6 +36,7 @@ def run(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
         (("--backends", ""), ["--backends", "no backend is given"]),
         (("--backends", "a"), ["'a' has no address", "NAME=http://HOST:PORT"]),
         (("--backends", "a=ftp://h:1"), ["'ftp://h:1'", "http://HOST:PORT"]),
+        (("--backends", "a=http://h:"), ["'http://h:'", "http://HOST:PORT"]),
         (("--backends", "a=http://h:99999"), ["'http://h:99999' is not an address"]),
         (("--backends", "a=http://h:1/path"), ["'http://h:1/path' carries more"]),
         (("--backends", "a b=http://h:1"), ["name 'a b' is not valid"]),
