@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hbm_router.config import RouterSettings
+from hbm_router.server import RouterServer
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.hbm_router.conftest import (
@@ -378,10 +381,36 @@ async def test_thousands_of_requests_with_cancellations_leave_nothing_behind(bac
     )
 
 
+@pytest.fixture(scope="module")
+def living() -> Iterator[tuple[asyncio.Runner, RouterServer]]:
+    """One router with impatient limits for all examples, and the loop it lives on."""
+    backend = Backend("a")
+    with asyncio.Runner() as runner:
+
+        async def start() -> RouterServer:
+            await backend.start()
+            server = RouterServer(
+                RouterSettings(
+                    backends=f"a=http://127.0.0.1:{backend.port}",
+                    port=0,
+                    probe_interval_s=0,
+                    head_timeout_s=0.1,
+                    body_timeout_s=0.1,
+                    keep_alive_s=0.1,
+                )
+            )
+            await server.start()
+            return server
+
+        server = runner.run(start())
+        yield runner, server
+        runner.run(server.stop())
+        runner.run(backend.stop())
+
+
 @settings(
     max_examples=60,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     data=st.one_of(
@@ -404,42 +433,25 @@ async def test_thousands_of_requests_with_cancellations_leave_nothing_behind(bac
     ),
     split=st.integers(1, 400),
 )  # fmt: skip
-def test_any_bytes_are_survived(data: bytes, split: int) -> None:
+def test_any_bytes_are_survived(
+    living: tuple[asyncio.Runner, RouterServer], data: bytes, split: int
+) -> None:
     """Whatever a client sends, the answer is one of ours or the backend's, never a 500, and the
     next client is served."""
+    runner, server = living
 
     async def scenario() -> None:
-        from hbm_router.config import RouterSettings
-        from hbm_router.server import RouterServer
+        async with connection(server.port) as client:
+            for at in range(0, len(data), split):
+                client.send(data[at : at + split])
+            client.writer.write_eof()
+            sent = await client.closed()
+            for line in sent.split(b"\r\n"):
+                if line.startswith(b"HTTP/1.1 "):
+                    status = int(line.split()[1])
+                    assert status in (100, 200) or 400 <= status < 500 or status in (501, 505)
+        async with connection(server.port) as client:
+            assert (await client.ask(get())).status == 200
+        await until(lambda: server.plane.fleet.inflight == 0, "nothing in flight")
 
-        backend = Backend("a")
-        await backend.start()
-        server = RouterServer(
-            RouterSettings(
-                backends=f"a=http://127.0.0.1:{backend.port}",
-                port=0,
-                probe_interval_s=0,
-                head_timeout_s=0.1,
-                body_timeout_s=0.1,
-                keep_alive_s=0.1,
-            )
-        )
-        await server.start()
-        try:
-            async with connection(server.port) as client:
-                for at in range(0, len(data), split):
-                    client.send(data[at : at + split])
-                client.writer.write_eof()
-                sent = await client.closed()
-                for line in sent.split(b"\r\n"):
-                    if line.startswith(b"HTTP/1.1 "):
-                        status = int(line.split()[1])
-                        assert status in (100, 200) or 400 <= status < 500 or status in (501, 505)
-            async with connection(server.port) as client:
-                assert (await client.ask(get())).status == 200
-            await until(lambda: server.plane.fleet.inflight == 0, "nothing in flight")
-        finally:
-            await server.stop()
-            await backend.stop()
-
-    asyncio.run(scenario())
+    runner.run(scenario())
