@@ -1,0 +1,182 @@
+"""Whole decisions over many ticks."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+from hbm_policy import (
+    Correction,
+    Gating,
+    Policy,
+    PolicyConfig,
+    PolicyState,
+    Reason,
+    ShieldConfig,
+    decide,
+    is_hold,
+)
+from hbm_policy.layers import MAX_CORRECTION
+from hbm_pool.contracts.records import Mode
+
+
+def test_the_first_sound_reading_is_taken_over_and_not_acted_on(reading) -> None:
+    decision = decide(reading(1, alpha=0.3, alpha_target=0.35), PolicyState())
+    assert decision.reasons == Reason.SERVER_RESTARTED
+    assert not decision.apply
+    assert decision.state.target == 0.35
+
+
+def test_alpha_follows_the_anchor_and_rests_there(adopted, follow) -> None:
+    decisions, state = follow(adopted, 400, 0.8)
+    assert decisions[-1].anchor == pytest.approx(0.8, abs=1e-6)
+    assert abs(decisions[-1].target - 0.8) < ShieldConfig().min_change + 1 / 400
+    assert decisions[-1].reasons & Reason.SMALL_CHANGE
+    # Part of the way, a pause, part of the rest: not one jump.
+    starts = [each for each in decisions if each.reasons & Reason.MOVE_STARTED]
+    assert len(starts) >= 2
+    assert max(each.target for each in decisions) <= 0.8
+    back, _ = follow(state, 400, 0.3, start=402, alpha=decisions[-1].target)
+    assert abs(back[-1].target - 0.3) <= 0.04
+    assert back[-1].reasons & (Reason.SMALL_CHANGE | Reason.SMALL_GAIN)
+
+
+def test_a_command_keeps_its_generation_while_it_says_the_same(adopted, follow) -> None:
+    decisions, _ = follow(adopted, 200, 0.6)
+    for left, right in pairwise(decisions):
+        said = (left.target, left.refill_bytes_per_s)
+        same = said == (right.target, right.refill_bytes_per_s)
+        assert right.generation == left.generation + (0 if same else 1)
+
+
+def test_generations_go_on_after_those_the_server_has_seen(reading) -> None:
+    state = decide(reading(1, command_generation=41), PolicyState()).state
+    assert decide(reading(2, command_generation=41), state).generation == 42
+
+
+def test_targets_are_whole_extents(adopted, follow) -> None:
+    decisions, _ = follow(adopted, 100, 0.8)
+    assert all(abs(each.target * 400 - round(each.target * 400)) < 1e-6 for each in decisions)
+
+
+def test_recommend_decides_and_applies_nothing(adopted, follow) -> None:
+    decisions, _ = follow(adopted, 100, 0.8, mode=int(Mode.RECOMMEND))
+    assert not any(each.apply for each in decisions)
+    assert all(each.reasons & Reason.MODE_RECOMMEND for each in decisions)
+    assert not any(is_hold(each) for each in decisions)
+    assert decisions[-1].target > 0.55
+    assert {each.generation for each in decisions} == {0}
+
+
+def test_hold_keeps_alpha_but_still_says_where_the_anchor_is(adopted, follow) -> None:
+    decisions, state = follow(adopted, 20, 0.8, mode=int(Mode.HOLD))
+    assert not any(each.apply for each in decisions)
+    assert decisions[-1].reasons & Reason.MODE_HOLD
+    assert decisions[-1].target == 0.5
+    assert decisions[-1].anchor == pytest.approx(0.8, abs=1e-6)
+    assert state.target == 0.5
+
+
+def test_fixed_goes_to_the_given_alpha_and_stays(adopted, follow) -> None:
+    decisions, _ = follow(adopted, 60, 0.2, mode=int(Mode.FIXED), alpha_fixed=0.65)
+    assert decisions[-1].target == 0.65
+    assert all(each.apply for each in decisions)
+    steps = [right.target - left.target for left, right in pairwise(decisions)]
+    assert max(steps) <= 0.05 * 0.25 + 1 / 400
+
+
+def test_fixed_outside_the_bounds_ends_at_the_bound(adopted, follow) -> None:
+    decisions, _ = follow(adopted, 60, 0.2, mode=int(Mode.FIXED), alpha_fixed=0.99)
+    assert decisions[-1].target == 0.9
+    assert decisions[-1].reasons & Reason.BOUNDED
+
+
+def test_another_mode_starts_from_where_the_pool_is(adopted, follow, reading) -> None:
+    _, state = follow(adopted, 60, 0.8, mode=int(Mode.RECOMMEND))
+    assert state.target > 0.5
+    decision = decide(reading(100, alpha=0.5, alpha_target=0.5), state)
+    assert decision.target == 0.5
+
+
+def test_a_server_that_aims_elsewhere_is_believed(adopted, reading) -> None:
+    state = decide(reading(2), adopted).state
+    generation = state.generation
+    limited = reading(3, alpha=0.42, alpha_target=0.42, command_generation=generation)
+    decision = decide(limited, state)
+    assert decision.reasons & Reason.SERVER_LIMITED
+    assert decision.target == pytest.approx(0.42)
+
+
+def test_a_cold_twin_starts_no_move(adopted, reading, valley) -> None:
+    state = adopted
+    for tick in range(2, 80):
+        curve = valley(0.9, warm=0.3, monotonic_ns=tick * 250_000_000)
+        decision = decide(reading(tick, curve=curve), state)
+        state = decision.state
+        assert decision.target == 0.5
+        assert decision.reasons & Reason.TWIN_COLD
+
+
+def test_a_dead_twin_lets_a_move_finish_and_starts_none(adopted, reading, follow) -> None:
+    decisions, state = follow(adopted, 60, 0.8)
+    target = decisions[-1].target
+    for tick in range(62, 200):
+        decision = decide(reading(tick, curve=None, alpha=target, alpha_target=target), state)
+        state = decision.state
+        target = decision.target
+        assert decision.reasons & Reason.CURVES_MISSING
+        assert not decision.reasons & Reason.MOVE_STARTED
+        assert decision.anchor == decisions[-1].anchor
+
+
+def test_stale_telemetry_in_the_middle_of_a_move_stops_it(adopted, follow, reading) -> None:
+    decisions, state = follow(adopted, 6, 0.8)
+    assert decisions[-1].reasons & Reason.RAMPING
+    held = decide(reading(40, telemetry_ns=1), state)
+    assert not held.apply
+    assert held.state.goal == held.state.target
+    target = decisions[-1].target
+    after = decide(reading(41, alpha=target, alpha_target=target, curve=None), held.state)
+    assert after.target == pytest.approx(target)
+
+
+def test_the_recorded_states_replay_to_the_same_decisions(adopted, follow) -> None:
+    first, _ = follow(adopted, 120, 0.7)
+    second, _ = follow(adopted, 120, 0.7)
+    assert first == second
+
+
+class OpenGate:
+    def step(self, reading, memory):
+        return Gating(open=True, slew_scale=2.0, memory=(*memory, 1.0)[-3:])
+
+
+class Shift:
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+
+    def correct(self, reading, anchor, gain):
+        return Correction(alpha=self.alpha, slew_scale=1.0)
+
+
+def test_a_gate_is_asked_remembers_and_speeds_moves_up(adopted, reading, valley) -> None:
+    config = PolicyConfig(shield=ShieldConfig(slew_per_s=0.04))
+    seen = reading(20, curve=valley(0.9, monotonic_ns=20 * 250_000_000))
+    state = adopted._replace(now_ns=19 * 250_000_000)
+    calm = decide(seen, state, Policy(config))
+    burst = decide(seen, state, Policy(config, gate=OpenGate()))
+    assert burst.reasons & Reason.GATE_OPEN
+    assert burst.target - 0.5 == pytest.approx(2 * (calm.target - 0.5))
+    assert burst.state.gate == (1.0,)
+
+
+@pytest.mark.parametrize("asked", [0.03, -0.03, 0.4, -0.4])
+def test_a_residual_shifts_the_goal_within_its_limit(adopted, reading, valley, asked) -> None:
+    policy = Policy(PolicyConfig(shield=ShieldConfig(move_fraction=1.0)), residual=Shift(asked))
+    seen = reading(20, curve=valley(0.8, monotonic_ns=20 * 250_000_000))
+    decision = decide(seen, adopted._replace(now_ns=19 * 250_000_000), policy)
+    assert decision.reasons & Reason.RESIDUAL
+    cut = math.copysign(min(abs(asked), MAX_CORRECTION), asked)
+    assert decision.state.goal == pytest.approx(0.8 + cut)
+    assert decision.anchor == pytest.approx(0.8)
