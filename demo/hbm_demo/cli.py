@@ -1,0 +1,142 @@
+"""`hbm demo`. Light to import: what is heavy is imported by the command."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from hbm_demo.settings import DemoSettings
+
+DEFAULT_OUT = Path("out/demo")
+
+app = typer.Typer(
+    name="demo",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+_USAGE_ERROR: type[Exception] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "UsageError"
+)
+
+
+class _OneLine(TyperCommand):
+    """A wrong flag is one line on stderr and exit 2, as every other wrong configuration."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except _USAGE_ERROR as error:
+            text = error.format_message() if hasattr(error, "format_message") else str(error)
+            _fail(f"{text} See hbm demo --help.", 2)
+
+
+@app.command("demo", cls=_OneLine)
+def demo(
+    seconds: Annotated[
+        float, typer.Option(help="Length of all load together; the arms share it equally.")
+    ] = 210.0,
+    nodes: Annotated[int, typer.Option(help="Model servers, each with its sidecar.")] = 2,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    scenario: Annotated[
+        str, typer.Option(help="A shipped scenario by name, or a YAML file of your own.")
+    ] = "demo",
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Your own log instead: CSV or Parquet with time, user, items."),
+    ] = None,
+    columns: Annotated[
+        str, typer.Option(help="With --trace: the names of its columns.")
+    ] = "time,user,items",
+    compare: Annotated[
+        bool,
+        typer.Option("--compare/--no-compare", help="Send everything again with α fixed."),
+    ] = True,
+    out: Annotated[
+        Path, typer.Option(help="Folder for summary, report, requests and logs.")
+    ] = Path("out/demo"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The summary on stdout, everything else on stderr.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal requests and weights.")] = 1,
+) -> None:
+    """The whole system on this machine, under load, in a few minutes."""
+    from pydantic import ValidationError
+
+    from hbm_demo.settings import DemoSettings
+
+    try:
+        settings = DemoSettings.model_validate(
+            {
+                "seconds": seconds,
+                "nodes": nodes,
+                "device": device,
+                "scenario": scenario,
+                "trace": trace,
+                "columns": columns,
+                "compare": compare,
+                "out": out,
+                "as_json": as_json,
+                "seed": seed,
+            }
+        )
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        flag = "json" if problem["loc"][0] == "as_json" else problem["loc"][0]
+        _fail(f"--{flag}: {problem['msg']} (got {problem['input']!r})", 2)
+    _run(settings)
+
+
+def _run(settings: DemoSettings) -> None:
+    import orjson
+    from hbm_load.errors import LoadError
+    from hbm_serving.errors import ConfigError
+    from rich.console import Console
+
+    from hbm_demo.errors import DemoError, ProcessFailed
+    from hbm_demo.live import LiveView
+    from hbm_demo.outcome import show
+    from hbm_demo.run import run_demo
+
+    console = Console(stderr=settings.as_json)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
+    try:
+        with LiveView(console) as view:
+            summary, out = run_demo(settings, view)
+    except _Stopped as stopped:
+        _fail("stopped; no process is left", stopped.status)
+    except ProcessFailed as error:
+        _fail(str(error), 1)
+    except (DemoError, LoadError, ConfigError) as error:
+        _fail(str(error), 2)
+    show(console, summary, out)
+    if settings.as_json:
+        sys.stdout.buffer.write(orjson.dumps(summary, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+class _Stopped(BaseException):
+    """Ctrl-C, SIGTERM or a closed terminal; not an error that anything in between may handle."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = 128 + number
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    raise _Stopped(number)
+
+
+def _fail(text: str, status: int) -> NoReturn:
+    typer.echo(f"hbm demo: {' '.join(text.split())}", err=True)
+    raise typer.Exit(status)

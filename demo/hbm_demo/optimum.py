@@ -1,0 +1,75 @@
+"""α* of each regime: the sweep of `hbm_sim` over the very requests that each node was sent."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from hbm_load.trace import Trace
+from hbm_policy.costs import CostConstants
+from hbm_sim.requests import SimRequest, sample_of
+from hbm_sim.sweep import SweepError, static_sweep
+
+from hbm_demo.arm import ArmResult
+
+
+class NodeOptimum(NamedTuple):
+    """Best fixed α of one node in the settled part of one regime, by mean service time."""
+
+    alpha_star: float
+    plateau: tuple[float, float]  # α within 1 % of the best
+    alphas: tuple[float, ...]
+    cost_ms: tuple[float, ...]  # the curve
+
+
+class RegimeOptimum(NamedTuple):
+    """The optima of one regime."""
+
+    nodes: dict[str, NodeOptimum]
+
+
+def find_optima(trace: Trace, result: ArmResult) -> dict[str, RegimeOptimum]:
+    """By regime; empty when there is nothing to sweep over.
+
+    Every candidate is priced alike, by the mean of what the nodes declared their work to cost.
+    """
+    if not result.described:
+        return {}
+    described = list(result.described.values())
+    info = described[0].info
+    nodes = result.records.texts["node"]
+    requests = [
+        SimRequest(
+            sample=sample_of(request, info),
+            regime=request.regime,
+            node=node,
+            settled=bool(trace.settled[index]),
+            arrival_s=float(trace.time_s[index]),
+        )
+        for index, node in enumerate(nodes)
+        if node in result.described and (request := trace.request(index))
+    ]
+    try:
+        sweep = static_sweep(requests, info, mean_costs([each.costs for each in described]))
+    except SweepError:
+        return {}
+    optima: dict[str, RegimeOptimum] = {}
+    for node, regimes in sweep.by_node.items():
+        for each in regimes:
+            best = each.best_mean
+            optima.setdefault(each.regime, RegimeOptimum({})).nodes[node] = NodeOptimum(
+                best.alpha,
+                (best.plateau_low, best.plateau_high),
+                each.alpha,
+                each.mean_service_ms,
+            )
+    return optima
+
+
+def mean_costs(listed: list[CostConstants]) -> CostConstants:
+    """Mean of each constant."""
+    fixed, token, context = (
+        float(np.mean([costs[index] for costs in listed])) for index in range(3)
+    )
+    rows = np.mean([costs.row_ms for costs in listed], axis=0)
+    return CostConstants(fixed, token, context, tuple(float(value) for value in rows))
