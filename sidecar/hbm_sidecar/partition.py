@@ -248,7 +248,6 @@ class DeclaredPartition:
     def __init__(self, started: Partition, path: Path) -> None:
         self.started = started
         self.problem: str | None = None
-        self.rejected = 0
         self._path = path
         self._current = started
         self._seen: tuple[int, int, int] | None = None
@@ -273,8 +272,6 @@ class DeclaredPartition:
             self._seen = stamp
             found = read_partition(self._path)
         except (PartitionInvalid, OSError) as error:
-            if str(error) != self.problem:
-                self.rejected += 1
             self.problem = str(error)
             return False
         changed = found != self._current

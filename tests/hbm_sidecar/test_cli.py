@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hbm_sidecar.cli import sidecar
+from typer.testing import CliRunner
 
 
 @pytest.fixture
@@ -40,13 +42,22 @@ def run(hbm_command, run_dir):
         (("--tick-ms", "0"), "--tick-ms"),
     ],
 )
-def test_wrong_flags(run, run_dir, flags, said) -> None:
-    result = run("sidecar", "--run-dir", str(run_dir), "--port", "0", *flags)
-    assert result.returncode == 2
+def test_wrong_flags(run_dir, flags, said) -> None:
+    # In this process: nothing is wrong enough to be found only after the exec.
+    result = CliRunner().invoke(sidecar, ["--run-dir", str(run_dir), "--port", "0", *flags])
+    assert result.exit_code == 2
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert said in result.stderr
     assert not (run_dir / "sidecar.cb").exists()
+
+
+def test_a_wrong_flag_of_the_installed_command(run, run_dir) -> None:
+    result = run("sidecar", "--run-dir", str(run_dir), "--no-such-flag")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert "--no-such-flag" in result.stderr
 
 
 def test_a_wrong_variable_is_named(run, run_dir) -> None:
@@ -99,7 +110,7 @@ def test_help_names_every_flag_of_the_contract(run) -> None:
 def test_explain_over_the_socket_and_from_the_file(
     run, start_sidecar, start_server, wait_for, run_dir
 ) -> None:
-    sidecar = start_sidecar("--mode", "fixed", "--alpha-fixed", "0.48", "--tick-ms", "50")
+    running = start_sidecar("--mode", "fixed", "--alpha-fixed", "0.48", "--tick-ms", "50")
     server = start_server()
     wait_for(lambda: abs(server.tell()["alpha"] - 0.48) < 0.01, "converged")
     live = run("explain", "--run-dir", str(run_dir), "--last", "5", "--json")
@@ -112,7 +123,7 @@ def test_explain_over_the_socket_and_from_the_file(
     lines = run("explain", "--run-dir", str(run_dir), "--last", "3").stdout.splitlines()
     assert len(lines) == 3
     assert all("α=" in line and "mode fixed" in line for line in lines)
-    sidecar.stop()
+    running.stop()
     dead = run("explain", "--run-dir", str(run_dir), "--last", "5", "--json")
     assert dead.returncode == 0
     assert json.loads(dead.stdout)[-1]["tick"] >= decisions[-1]["tick"]

@@ -99,9 +99,14 @@ def test_children_die_with_a_killed_supervisor_and_the_next_one_takes_over(
     assert server.tell()["command_generation"] > generation
 
 
-def test_sigterm_ends_everything_with_0(start_sidecar, alive) -> None:
+def test_what_admin_shows_to_whom_and_sigterm(start_sidecar, alive, run_dir) -> None:
     sidecar = start_sidecar()
     sidecar.wait_ready()
+    mode = (run_dir / "admin.sock").stat().st_mode
+    assert stat.S_ISSOCK(mode)
+    assert not mode & stat.S_IRWXO
+    for path in ("/v1/state", "/v1/partition", "/v1/explain", "/docs", "/openapi.json"):
+        assert sidecar.public(path).status_code == 404
     pids = [sidecar.pid(name) for name in ("admin", "decide", "twin")]
     assert sidecar.stop() == 0
     assert not any(map(alive, pids))
@@ -250,18 +255,6 @@ def test_without_room_for_its_file_it_stays_up_and_tries_again(
     assert server.tell()["command_generation"] == 0
     (run_dir / "sidecar.cb").rmdir()
     wait_for(lambda: server.tell()["command_generation"] > 0, "decides once there is room")
-
-
-def test_the_control_socket_is_for_the_owner_and_tcp_reveals_nothing(
-    start_sidecar, run_dir
-) -> None:
-    sidecar = start_sidecar()
-    sidecar.wait_ready()
-    mode = (run_dir / "admin.sock").stat().st_mode
-    assert stat.S_ISSOCK(mode)
-    assert not mode & stat.S_IRWXO
-    for path in ("/v1/state", "/v1/partition", "/v1/explain", "/docs", "/openapi.json"):
-        assert sidecar.public(path).status_code == 404
 
 
 def test_two_sidecars_on_one_machine(start_sidecar, start_server, wait_for, tmp_path) -> None:

@@ -62,6 +62,10 @@ def test_heartbeat_and_digest(start_sidecar, start_server, redis, wait_for, flag
     wait_for(lambda: digest_of(redis) == residents(server), "changes follow")
     assert sidecar.metric("hbm_sidecar_digest_bytes") > 0
     assert sidecar.metric("hbm_sidecar_redis_up") == 1
+    server.tell(set={"draining": 1})
+    wait_for(lambda: state_of(redis).draining, "draining is published")
+    assert sidecar.stop() == 0
+    assert redis.client.keys("hbm:*") == []
 
 
 def test_state_and_digest_agree(start_sidecar, start_server, redis, wait_for, flags) -> None:
@@ -82,6 +86,8 @@ def test_state_and_digest_agree(start_sidecar, start_server, redis, wait_for, fl
         return digest_of(redis) == {5: 16}
 
     wait_for(agree, "one transaction names one digest")
+    redis.client.flushall()
+    wait_for(agree, "keys lost in Redis come back")
 
 
 def test_digest_is_exact_after_a_gap_in_the_ring(
@@ -153,15 +159,6 @@ def test_a_redis_that_hangs_holds_nothing_up(
     wait_for(lambda: digest_of(redis) == {5: 16, 6: 32}, "published again")
 
 
-def test_keys_lost_in_redis_come_back(start_sidecar, start_server, redis, wait_for, flags) -> None:
-    server = start_server()
-    start_sidecar(*flags)
-    server.tell(cached=[[5, 16]])
-    wait_for(lambda: digest_of(redis) == {5: 16}, "published")
-    redis.client.flushall()
-    wait_for(lambda: digest_of(redis) == {5: 16}, "published again")
-
-
 def test_a_dead_server_leaves_the_routers_sight(
     start_sidecar, start_server, redis, wait_for, flags
 ) -> None:
@@ -174,23 +171,6 @@ def test_a_dead_server_leaves_the_routers_sight(
     again = start_server()
     wait_for(lambda: digest_of(redis) == {}, "the new server holds nobody")
     assert state_of(redis).boot_epoch == again.boot_epoch
-
-
-def test_a_stopped_sidecar_removes_its_node_at_once(
-    start_sidecar, start_server, redis, wait_for, flags
-) -> None:
-    server, sidecar = start_server(), start_sidecar(*flags)
-    server.tell(cached=[[5, 16]])
-    wait_for(lambda: digest_of(redis) == {5: 16}, "published")
-    assert sidecar.stop() == 0
-    assert redis.client.keys("hbm:*") == []
-
-
-def test_draining_is_passed_on(start_sidecar, start_server, redis, wait_for, flags) -> None:
-    server = start_server()
-    start_sidecar(*flags)
-    server.tell(set={"draining": 1})
-    wait_for(lambda: (state := state_of(redis)) and state.draining, "draining is published")
 
 
 def test_senseless_telemetry_is_not_published(
