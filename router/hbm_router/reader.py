@@ -131,10 +131,17 @@ def accept_digest(state: NodeState, blob: bytes | None, previous: Residency | No
 class Collector:
     """Holds the last accepted words of each node; turns one round of answers into the next."""
 
-    def __init__(self, rejected: Callable[[str, str, str], None]) -> None:
-        """`rejected(node, reason, message)` is told of everything that is not believed."""
+    def __init__(
+        self, rejected: Callable[[str, str, str], None], expire_s: float = float("inf")
+    ) -> None:
+        """`rejected(node, reason, message)` is told of everything that is not believed.
+
+        Words older than `expire_s` do not make newer ones stale: a sidecar whose clock was set
+        back may count from a lower number, and must be heard again.
+        """
         self.views: dict[str, NodeView] = {}
         self._rejected = rejected
+        self._expire_s = expire_s
 
     def keep_only(self, names: tuple[str, ...]) -> None:
         """Forgets nodes that are no backends any more."""
@@ -150,6 +157,8 @@ class Collector:
             if not fields:
                 continue  # expired between the two reads; its last words age
             previous = self.views.get(name)
+            if previous is not None and now_s - previous.heard_s > self._expire_s:
+                previous = None
             try:
                 state = accept_state(name, fields, previous)
             except Rejected as error:
@@ -215,7 +224,7 @@ class SnapshotReader:
         self._trust = Trust(settings.fresh_s, settings.half_life_s, settings.expire_s)
         self._log = structlog.get_logger("hbm_router")
         self._told: set[tuple[str, str]] = set()
-        self._collector = Collector(self._reject)
+        self._collector = Collector(self._reject, settings.expire_s)
         self._snapshot: Snapshot | None = None
         self._stop = threading.Event()
         self._up: bool | None = None

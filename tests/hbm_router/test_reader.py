@@ -266,6 +266,23 @@ def test_an_older_heartbeat_is_stale_and_a_new_boot_starts_empty(
     assert setup.holders(5) == {"a": 16}
 
 
+def test_a_node_that_counts_from_a_lower_number_is_heard_again_later(
+    setup: Setup, publisher: Publisher
+) -> None:
+    publisher.heartbeat("a", {USER: 320}, sequence=1000)
+    setup.reader.poll()
+    publisher.heartbeat("a", {USER: 16}, sequence=5)
+    setup.now_s[0] += 29
+    setup.reader.poll()
+    assert setup.holders() == {"a": 320}
+    setup.now_s[0] += 2
+    setup.reader.poll()
+    assert setup.holders() == {"a": 16}
+    publisher.heartbeat("a", {USER: 32}, sequence=6)
+    setup.reader.poll()
+    assert setup.holders() == {"a": 32}
+
+
 def test_a_digest_newer_than_the_state_is_taken(setup: Setup, publisher: Publisher) -> None:
     """State and digest are read one after the other; a heartbeat may come in between."""
     publisher.heartbeat("a", {USER: 320})
