@@ -36,7 +36,9 @@ class LinkCounters(NamedTuple):
 
 
 class LinkModel:
-    """Shared by all that copies; any thread may call. `bytes_per_s=None` counts and never waits.
+    """Shared by all that copies; any thread may call, one of them refills.
+
+    `bytes_per_s=None` counts and never waits.
 
     `device_to_host_bytes_per_s` defaults to the same rate; `opposing_factor` in (0, 1] is what is
     left of the rate while copies run the other way. Raises ValueError for values outside.
@@ -66,7 +68,7 @@ class LinkModel:
         self._lock = threading.Lock()
         self._free_at_s = clock_s()
         self._back_free_at_s = self._free_at_s
-        self._last_is_refill = False
+        self._refilling = False
         self._fetching = 0
         self._spans: deque[tuple[float, float]] = deque()  # when something was on its way
         self._foreground_bytes = 0
@@ -98,23 +100,32 @@ class LinkModel:
         """Copies rows that a request waits for; returns what it took in seconds."""
         with self._lock:
             now = self._clock_s()
-            if self._last_is_refill and self._free_at_s > now:
+            if self._refilling:
                 self._critical += 1
-            self._last_is_refill = False
+                self._refilling = False  # one copy of the refiller is in the way once
             self._foreground_bytes += nbytes
             self._foreground_copies += 1
             end = self._reserve(now, nbytes)
         return self._wait(now, end)
 
-    def refill(self, nbytes: int) -> float:
-        """Copies rows nobody waits for; ask `quiet` first. Returns what it took in seconds."""
+    def refill(self, nbytes: int, copy: Callable[[], None] | None = None) -> float:
+        """Copies rows nobody waits for; ask `quiet` first. Returns what it took in seconds.
+
+        `copy` does the copy where there is a real link, and returns when it has arrived.
+        """
         with self._lock:
             now = self._clock_s()
-            self._last_is_refill = True
+            self._refilling = True
             self._refill_bytes += nbytes
             self._refill_copies += 1
             end = self._reserve(now, nbytes)
-        return self._wait(now, end)
+        try:
+            if copy is not None:
+                copy()
+            return self._wait(now, end)
+        finally:
+            with self._lock:
+                self._refilling = False
 
     def device_to_host(self, nbytes: int) -> float:
         """Copies the other way; returns what it took in seconds."""
@@ -126,11 +137,6 @@ class LinkModel:
                 end = max(now, self._back_free_at_s) + nbytes / self._back_bytes_per_s
                 self._back_free_at_s = end
         return self._wait(now, end)
-
-    def note_critical_refill(self) -> None:
-        """A request had to wait for a refill copy that this model did not see (CUDA streams)."""
-        with self._lock:
-            self._critical += 1
 
     def counters(self) -> LinkCounters:
         """All counters at once."""

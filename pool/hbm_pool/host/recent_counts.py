@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from hbm_pool.host.tz_kernel import Tz, lookup
+from hbm_pool.host.tz_kernel import Tz, lookup, wide
 
 WAYS: Final = 8
 HALF_LIFE: Final = 4
@@ -38,7 +38,7 @@ def _note(
         lowest = start
         for place in range(start, start + WAYS):
             if held[place] == key:
-                counts[place] = min(_MAX_COUNT, np.int64(counts[place]) + weight)
+                counts[place] = min(_MAX_COUNT, wide(counts[place]) + weight)
                 lowest = -1
                 break
             if counts[place] < counts[lowest]:
@@ -70,7 +70,7 @@ def _missing(
     total = 0
     for place in range(held.size):
         if counts[place] >= least and held[place] != 0:
-            key = np.int64(held[place]) - 1
+            key = wide(held[place]) - 1
             if lookup(tz, key) < 0:
                 keys[total] = key
                 found[total] = counts[place]

@@ -13,7 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from . import tz_kernel as kernel
-from .tz_batch import access_many, discard_many, insert_many, lookup_many
+from .tz_batch import (
+    access_many,
+    discard_many,
+    fill_many,
+    insert_many,
+    lookup_many,
+    slots_of,
+)
 from .tz_extents import cancel_shrink, drain_rows, drop, grow, plan_shrink, violations
 from .tz_kernel import (
     MAX_KEYS,
@@ -42,6 +49,7 @@ __all__ = [
     "discard_many",
     "drain_rows",
     "drop",
+    "fill_many",
     "free_slots",
     "grow",
     "insert",
@@ -50,6 +58,7 @@ __all__ = [
     "lookup_many",
     "plan_shrink",
     "probation_extents",
+    "slots_of",
     "stack_of",
     "touch",
     "violations",
@@ -184,6 +193,20 @@ class TzCache:
         slots, sources, targets, moved = np.empty((4, keys.size), np.int64)
         copies = insert_many(self.tz, keys, slots, sources, targets, moved)
         return Insertion(slots, sources[:copies], targets[:copies])
+
+    def slots_of(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Slots of keys, -1 where one is not resident; nothing is counted."""
+        self._check(keys)
+        slots = np.empty(keys.size, np.int64)
+        slots_of(self.tz, keys, slots)
+        return slots
+
+    def fill_many(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Puts keys into unused slots of grown extents; -1 for those that found none."""
+        self._check(keys)
+        slots = np.empty(keys.size, np.int64)
+        fill_many(self.tz, keys, slots)
+        return slots
 
     def discard_many(self, keys: npt.NDArray[np.int64]) -> int:
         """Forgets rows, resident or not. -> how many were resident."""

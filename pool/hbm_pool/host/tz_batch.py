@@ -8,15 +8,20 @@ import numpy.typing as npt
 from .tz_kernel import (
     CONFLICTS,
     EMPTY_WORD,
+    FRESH_HEAD,
+    FRESH_TAIL,
     HITS,
     IN_RING,
     MISSES,
     ROWS,
     Tz,
+    claim,
     free_slots,
+    fresh_slot,
     insert,
     kernel,
     lookup,
+    place_row,
     touch,
     wide,
 )
@@ -134,3 +139,25 @@ def discard_many(tz: Tz, keys: npt.NDArray[np.int64]) -> int:
             tz.words[slot] = EMPTY_WORD
             done += 1
     return done
+
+
+@kernel
+def slots_of(tz: Tz, keys: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]) -> None:
+    """Slots of keys, -1 where a key is not resident; no counter changes."""
+    for i in range(keys.size):
+        slots[i] = lookup(tz, keys[i])
+
+
+@kernel
+def fill_many(tz: Tz, keys: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]) -> None:
+    """Puts keys into unused slots of grown main extents as long as there are any (refill).
+
+    `slots[i]` is -1 for a key that is resident already or found no unused slot.
+    """
+    for i in range(keys.size):
+        slots[i] = -1
+        if tz.state[FRESH_HEAD] < tz.state[FRESH_TAIL] and lookup(tz, keys[i]) < 0:
+            place = claim(tz, keys[i])
+            if place >= 0:
+                extent, offset = fresh_slot(tz)
+                slots[i] = place_row(tz, keys[i], 0, extent, offset, place)

@@ -270,7 +270,7 @@ def touch(tz: Tz, slot: int) -> None:
 
 
 @kernel
-def _claim(tz: Tz, key: int) -> int:
+def claim(tz: Tz, key: int) -> int:
     """Place for the key's entry; -1 when its whole hash window is resident (a conflict)."""
     size = tz.hashed.size
     if size == 0:
@@ -399,7 +399,7 @@ def insert(tz: Tz, key: int) -> tuple[int, int, int]:
     if state[IN_MAIN] + state[IN_RING] == 0:
         state[CONFLICTS] += 1
         return -1, -1, -1
-    place = _claim(tz, key)
+    place = claim(tz, key)
     if place < 0:
         state[CONFLICTS] += 1
         return -1, -1, -1

@@ -1,0 +1,129 @@
+"""What the embedding cache counts: per gather, per width class, in all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hbm_pool.device.row_index import Found, Inserted, Keys
+from hbm_pool.device.row_requests import RowRequest
+from hbm_pool.device.width_class import EmbClass
+
+
+class GatherStats(NamedTuple):
+    """What one gather found. `hits + misses == accesses`: a row that a batch asks for twice is
+    looked up and copied once."""
+
+    accesses: int
+    unique: int
+    hits: int
+    misses: int
+    """Distinct rows that were copied from the store."""
+    conflict_misses: int
+    """Of those, rows that found no place in the cache."""
+    ghost_hits: int
+    """Of those, rows that had left probation a short while ago."""
+    bytes: int
+    """Copied from the store."""
+    link_ms: float
+    """Waited for the link."""
+    class_accesses: tuple[int, ...]
+    class_misses: tuple[int, ...]
+
+
+class ClassCounters(NamedTuple):
+    """One width class since the cache was made; extents and rows as they are now."""
+
+    extents: int
+    accesses: int
+    hits: int
+    misses: int
+    conflict_misses: int
+    ghost_hits: int
+    evictions: int
+    promotions: int
+    relocations: int
+    index_bytes: int
+
+
+class EmbeddingCounters(NamedTuple):
+    """The whole cache since it was made."""
+
+    accesses: int
+    hits: int
+    misses: int
+    conflict_misses: int
+    ghost_hits: int
+    evictions: int
+    relocated_rows: int
+    refill_rows: int
+    row_epoch: int
+    classes: tuple[ClassCounters, ...]
+
+
+def count_gather(
+    num_classes: int,
+    requests: Sequence[RowRequest],
+    found: Sequence[Found],
+    missed: Sequence[Keys],
+    inserted: Sequence[Inserted],
+) -> GatherStats:
+    """Sums over the tables of a gather; `inserted` is per table that missed, in their order."""
+    accesses = [0] * num_classes
+    misses = [0] * num_classes
+    ghosts = conflicts = nbytes = 0
+    became = iter(inserted)
+    for request, one, keys in zip(requests, found, missed, strict=True):
+        number = request.kind.number
+        accesses[number] += one.accesses
+        if keys.size:
+            result = next(became)
+            misses[number] += keys.size
+            ghosts += result.ghost_hits
+            conflicts += result.conflicts
+            nbytes += keys.size * request.kind.row_bytes
+    return GatherStats(
+        accesses=sum(accesses),
+        unique=sum(one.unique for one in found),
+        hits=sum(accesses) - sum(misses),
+        misses=sum(misses),
+        conflict_misses=conflicts,
+        ghost_hits=ghosts,
+        bytes=nbytes,
+        link_ms=0.0,
+        class_accesses=tuple(accesses),
+        class_misses=tuple(misses),
+    )
+
+
+def count_cache(classes: Sequence[EmbClass], refill_rows: int, row_epoch: int) -> EmbeddingCounters:
+    """All counters at once; the caller holds the cache's lock."""
+    counted = []
+    for kind in classes:
+        rows = kind.index.counters()
+        counted.append(
+            ClassCounters(
+                extents=kind.num_extents,
+                accesses=kind.accesses,
+                hits=kind.accesses - kind.misses,
+                misses=kind.misses,
+                conflict_misses=rows.conflicts,
+                ghost_hits=rows.ghost_hits,
+                evictions=rows.evictions,
+                promotions=rows.promotions,
+                relocations=rows.relocations,
+                index_bytes=kind.index.index_bytes,
+            )
+        )
+    return EmbeddingCounters(
+        accesses=sum(c.accesses for c in counted),
+        hits=sum(c.hits for c in counted),
+        misses=sum(c.misses for c in counted),
+        conflict_misses=sum(c.conflict_misses for c in counted),
+        ghost_hits=sum(c.ghost_hits for c in counted),
+        evictions=sum(c.evictions for c in counted),
+        relocated_rows=sum(c.relocations for c in counted),
+        refill_rows=refill_rows,
+        row_epoch=row_epoch,
+        classes=tuple(counted),
+    )
