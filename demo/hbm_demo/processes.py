@@ -124,6 +124,13 @@ class Processes:
         """Name and process id of each."""
         return {process.name: process.pid for process in self._running}
 
+    def find(self, name: str) -> Process:
+        """The process started under that name. Raises KeyError."""
+        for process in self._running:
+            if process.name == name:
+                return process
+        raise KeyError(name)
+
     def stop(self) -> None:
         """SIGTERM, newest first and all within one time limit; then SIGKILL to what is left."""
         with _held_signals():
