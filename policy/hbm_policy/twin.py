@@ -30,8 +30,9 @@ from hbm_pool.contracts.records import (
     RowClass,
     ServerInfo,
 )
-from hbm_pool.host.tz_kernel import INSERTIONS
+from hbm_pool.host.tz_kernel import GHOST_HITS
 
+from hbm_policy.class_division import ClassDivision
 from hbm_policy.costs import CostConstants, usable
 from hbm_policy.twin_kernel import (
     CANDIDATE_MISSES,
@@ -51,8 +52,8 @@ from hbm_policy.twin_rows import Rows, allocate_rows, resize_rows, sampled_slots
 from hbm_policy.twin_users import allocate_users
 
 ALPHA_STEP: Final = 0.05
-_RESIZE_SHARE: Final = 0.02
-"""Classes are divided anew when a class's share of the EMB extents is off by more than this."""
+DIVIDE_REQUESTS: Final = 64
+"""Requests after which candidates look at the division among their width classes again."""
 
 
 class TwinError(ValueError):
@@ -111,10 +112,14 @@ class Twin:
         # The compiled loop is the same for any number of classes: the rest are empty ones.
         empty = RowClass(row_bytes=1, rows_per_extent=1, catalogue_rows=1, tables=())
         self._classes = (*info.classes, *([empty] * (MAX_CLASSES - len(info.classes))))
-        self._class_shares = _catalogue_shares(info)
-        division = _divide(emb_extents, self._class_shares)
+        self._divisions = [ClassDivision(info, int(extents)) for extents in emb_extents]
         self._rows: tuple[Rows, ...] = tuple(
-            allocate_rows(each, division[index], int(emb_extents.max()), rate)
+            allocate_rows(
+                each,
+                np.array([division.extents[index] for division in self._divisions]),
+                int(emb_extents.max()),
+                rate,
+            )
             if index < len(info.classes)
             else allocate_rows(each, np.full_like(emb_extents, 2), 2, 1.0)
             for index, each in enumerate(self._classes)
@@ -127,7 +132,13 @@ class Twin:
         self._class_of_table = _class_of_table(info)
         tables = np.bincount(self._class_of_table, minlength=MAX_CLASSES)[:MAX_CLASSES]
         self._table_share = tables / max(int(tables.sum()), 1)
-        self._offered = np.zeros((len(emb_extents), MAX_CLASSES))
+        self._looked_up = np.zeros((len(emb_extents), MAX_CLASSES))
+        self._missed = np.zeros((len(emb_extents), MAX_CLASSES))
+        self._counted = np.zeros((3, len(emb_extents), len(info.classes)))
+        self._divided_at = 0
+        # What had been offered when the caches were last cold.
+        self._cold_kv = np.zeros(len(emb_extents))
+        self._cold_emb = np.zeros((len(emb_extents), len(info.classes)))
         self._sums = np.zeros((len(emb_extents), FIELDS))
         self._weight = np.zeros(1)
         self._scratch = allocate_scratch(len(emb_extents), 1024)
@@ -143,14 +154,12 @@ class Twin:
         samples: Sequence[RequestSample],
         lost: int,
         costs: CostConstants,
-        class_extents: Sequence[int] | None = None,
     ) -> None:
         """Simulates requests in order.
 
         `lost`: requests that went by unseen before these. Means are over requests that were seen,
         so a loss biases them only through what the virtual caches did not see: old evidence fades
-        and trust falls as if the lost requests had been there. `class_extents`: how the server
-        divides its EMB extents among the width classes now; every candidate divides its own alike.
+        and trust falls as if the lost requests had been there.
 
         Raises TwinError for constants that cannot price anything, or a negative loss.
         """
@@ -159,8 +168,6 @@ class Twin:
         if lost < 0:
             raise TwinError(f"{lost} requests lost; it must be 0 or more")
         self._costs = costs
-        if class_extents is not None:
-            self._follow_division(class_extents)
         if lost:
             self._lose(lost)
         sound = [sample for sample in samples if self._is_sound(sample)]
@@ -185,12 +192,16 @@ class Twin:
             row_ms,
             info.cost_model == CostModel.OVERLAP,
             math.exp(-1.0 / self._window),
-            self._offered,
+            self._looked_up,
+            self._missed,
             self._sums,
             self._weight,
             self._scratch_for(sound),
         )
         self.requests += len(sound)
+        if len(info.classes) > 1 and self.requests - self._divided_at >= DIVIDE_REQUESTS:
+            self._divide_anew(self.requests - self._divided_at)
+            self._divided_at = self.requests
 
     def curves(self, into: npt.NDArray[Any]) -> None:
         """Fills one record of dtype CURVES but for its boot epoch. Costs are by the newest
@@ -232,18 +243,22 @@ class Twin:
     def warm(self) -> float:
         """Share of the virtual caches that is warm, mean over the candidates' weaker side.
 
-        A cache is warm when it is full, or was offered as much as it holds without filling up.
+        A cache is warm when it was offered as much as it holds, even if it did not fill up: what
+        hits all the time would not fill it later either.
         """
-        users = self._users
-        filled = np.maximum(users.used, users.offered) / np.maximum(users.capacity, 1)
-        kv = np.minimum(filled, 1.0)
-        emb = np.ones_like(kv)
-        for index in range(len(self.info.classes)):
-            rows = self._rows[index]
-            inserted = rows.caches.state[:, INSERTIONS]
-            offered = np.maximum(inserted, self._offered[:, index]) / rows.slots
-            emb = np.minimum(emb, offered)
-        return float(np.minimum(kv, emb).mean())
+        kv, emb = self._warmth()
+        slots = np.stack([each.slots for each in self._rows[: len(self.info.classes)]], axis=1)
+        kv_share = kv / np.maximum(self._users.capacity, 1)
+        return float(np.minimum(kv_share, (emb / slots).min(axis=1)).clip(0.0, 1.0).mean())
+
+    def _warmth(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """What the caches were offered since they were cold, at most what they hold: extents of
+        KV `[K]`, rows by class `[K, classes]`."""
+        rows = self._rows[: len(self.info.classes)]
+        slots = np.stack([each.slots for each in rows], axis=1)
+        kv = np.minimum(self._users.offered - self._cold_kv, self._users.capacity)
+        emb = np.minimum(self._looked_up[:, : len(rows)] - self._cold_emb, slots)
+        return kv, emb
 
     def _serial_ms(
         self,
@@ -267,9 +282,13 @@ class Twin:
         self._sums *= fade
         self._weight *= fade
         # What the lost requests would have brought in is missing in the caches.
-        seen = self.requests / (self.requests + lost)
-        self._offered *= seen
-        self._users.offered[:] = (self._users.offered * seen).astype(np.int64)
+        kv, emb = self._warmth()
+        each = lost / max(self.requests, 1)
+        kv = np.maximum(kv - each * self._users.offered, 0.0)
+        looked_up = self._looked_up[:, : len(self.info.classes)]
+        emb = np.maximum(emb - each * looked_up, 0.0)
+        self._cold_kv = self._users.offered - kv
+        self._cold_emb = looked_up - emb
 
     def _scratch_for(self, samples: Sequence[RequestSample]) -> Scratch:
         longest = max(len(each.history_keys) + len(each.candidate_keys) for each in samples)
@@ -287,19 +306,25 @@ class Twin:
             and len(sample.history_keys) == len(sample.history_positions)
         )
 
-    def _follow_division(self, class_extents: Sequence[int]) -> None:
-        reported = np.array(class_extents[: len(self.info.classes)], dtype=np.float64)
-        total = float(reported.sum())
-        if len(reported) != len(self.info.classes) or total <= 0.0 or (reported < 0.0).any():
-            return
-        shares = reported / total
-        if np.abs(shares - self._class_shares).max() <= _RESIZE_SHARE:
-            return
-        self._class_shares = shares
-        division = _divide(self._emb_extents, shares)
-        for index, each in enumerate(self.info.classes):
-            wanted = sampled_slots(division[index], each.rows_per_extent * self.rate)
-            resize_rows(self._rows[index], wanted)
+    def _divide_anew(self, requests: int) -> None:
+        """Every candidate moves extents between its classes as the pool would."""
+        classes = len(self.info.classes)
+        ghosts = np.stack(
+            [rows.caches.state[:, GHOST_HITS] for rows in self._rows[:classes]], axis=1
+        )
+        counted = np.stack([self._looked_up[:, :classes], self._missed[:, :classes], ghosts])
+        recent = (counted - self._counted) / self.rate
+        self._counted = counted
+        for k, division in enumerate(self._divisions):
+            looked_up, missed, ghost_hits = recent[:, k].tolist()
+            division.count(looked_up, missed, ghost_hits)
+            change = division.rebalance(requests)
+            if change is None:
+                continue
+            for index in np.argsort(change):
+                per_extent = self.info.classes[index].rows_per_extent * self.rate
+                extents = np.array([division.extents[index]])
+                resize_rows(self._rows[index], k, int(sampled_slots(extents, per_extent)[0]))
 
 
 def _check_info(info: ServerInfo) -> None:
@@ -326,21 +351,6 @@ def _emb_extents(info: ServerInfo, alphas: Sequence[float]) -> npt.NDArray[np.in
     high = math.floor(info.alpha_max * info.extents + 1e-9)
     rounded = np.round(np.array(alphas) * info.extents).astype(np.int64)
     return np.unique(np.clip(rounded, low, max(low, high)))
-
-
-def _catalogue_shares(info: ServerInfo) -> npt.NDArray[np.float64]:
-    """Division among the classes before the server has said one: by the bytes of their tables."""
-    size = np.array([each.row_bytes * each.catalogue_rows for each in info.classes], np.float64)
-    shares: npt.NDArray[np.float64] = size / size.sum()
-    return shares
-
-
-def _divide(
-    emb_extents: npt.NDArray[np.int64], shares: npt.NDArray[np.float64]
-) -> npt.NDArray[np.int64]:
-    """Extents of each class at each candidate, `[C, K]`; none gets less than one."""
-    edges = np.round(np.cumsum(shares)[:, None] * emb_extents).astype(np.int64)
-    return np.maximum(np.diff(edges, axis=0, prepend=0), 1)
 
 
 def _class_of_table(info: ServerInfo) -> npt.NDArray[np.int64]:

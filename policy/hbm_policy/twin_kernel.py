@@ -80,16 +80,17 @@ def simulate(
     row_ms: npt.NDArray[np.float64],
     overlap: bool,
     fade: float,
-    offered: npt.NDArray[np.float64],
+    looked_up: npt.NDArray[np.float64],
+    missed_so_far: npt.NDArray[np.float64],
     sums: npt.NDArray[np.float64],
     weight: npt.NDArray[np.float64],
     scratch: Scratch,
 ) -> None:
     """Feeds the requests to every pair and adds what each would have cost to `sums`.
 
-    `sums` [K, FIELDS] and `weight` [1] fade by `fade` per request; `offered` [K, classes] counts
-    sampled lookups and does not. A row is simulated when it is below `threshold` or `subsample` is
-    off.
+    `sums` [K, FIELDS] and `weight` [1] fade by `fade` per request; `looked_up` and `missed_so_far`
+    [K, classes] count sampled rows and do not. A row is simulated when it is below `threshold` or
+    `subsample` is off.
     """
     points = users.capacity.size
     numbers, positions, missed, used, cached = scratch
@@ -157,7 +158,8 @@ def simulate(
                 )
                 row[HISTORY_MISSES + c] += misses[0]
                 row[CANDIDATE_MISSES + c] += misses[1]
-                offered[k, c] += used[c]
+                looked_up[k, c] += misses[2]
+                missed_so_far[k, c] += misses[0] + misses[1]
                 if overlap:
                     # A few sampled misses say little about one request, and the maximum below
                     # would take their noise for cost: expected misses are used instead.

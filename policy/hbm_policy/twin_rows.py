@@ -259,8 +259,10 @@ def serve_rows(
     numbers: npt.NDArray[np.int64],
     positions: npt.NDArray[np.int64],
     missed: npt.NDArray[np.int64],
-) -> tuple[int, int]:
-    """Candidate k looks up the listed rows at `cached` or later: (history, candidate) misses.
+) -> tuple[int, int, int]:
+    """Candidate k looks up the listed rows at `cached` or later.
+
+    -> (rows missed of the history, of the candidates, rows looked up).
 
     As in the pool, all rows are looked up before the missed ones are inserted, and one request
     fills what is unused and goes at most once round the ring. `missed` is scratch.
@@ -269,9 +271,11 @@ def serve_rows(
     in_history = wide(0)
     in_candidates = wide(0)
     misses = wide(0)
+    looked_up = wide(0)
     for i in range(used):
         if positions[i] < cached:
             continue
+        looked_up += 1
         number = numbers[i]
         slot = lookup(cache, number) if number >= 0 else wide(-1)
         if slot >= 0:
@@ -288,20 +292,22 @@ def serve_rows(
     room = state[FRESH_TAIL] - state[FRESH_HEAD] + max(1, state[IN_RING])
     for i in range(min(misses, room)):
         insert(cache, missed[i])
-    return in_history, in_candidates
+    return in_history, in_candidates, looked_up
 
 
-def resize_rows(rows: Rows, wanted: Ints) -> None:
-    """Gives each of the K caches another number of slots, by the pool's own planned moves."""
-    for k in np.flatnonzero(wanted != rows.slots):
-        cache = Tz(*(array[k] for array in rows.caches))._replace(entries=rows.caches.entries[:, k])
-        held = int(cache.state[IN_RING] + cache.state[IN_MAIN])
-        change = int(wanted[k]) - held
-        if change > 0:
-            grow(cache, np.flatnonzero(cache.zone == NOWHERE)[:change].astype(np.int32))
-        else:
-            count = plan_shrink(cache, -change)
-            copies = np.empty((3, count), np.int64)
-            released = np.empty(count, np.int32)
-            drain_rows(cache, count, copies[0], copies[1], copies[2], released)
-        rows.slots[k] = wanted[k]
+def resize_rows(rows: Rows, k: int, slots: int) -> None:
+    """Gives one of the K caches another number of slots, by the pool's own planned moves."""
+    cache = Tz(*(array[k] for array in rows.caches))
+    # A copy in one piece: the pool's own compiled functions take it.
+    entries = rows.caches.entries[:, k].copy()
+    cache = cache._replace(entries=entries)
+    change = slots - int(rows.slots[k])
+    if change > 0:
+        grow(cache, np.flatnonzero(cache.zone == NOWHERE)[:change].astype(np.int32))
+    elif change < 0:
+        count = plan_shrink(cache, -change)
+        copies = np.empty((3, count), np.int64)
+        released = np.empty(count, np.int32)
+        drain_rows(cache, count, copies[0], copies[1], copies[2], released)
+    rows.caches.entries[:, k] = entries
+    rows.slots[k] = slots

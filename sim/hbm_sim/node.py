@@ -6,10 +6,10 @@ kernel); only bytes and time are missing. Time is the cost model's.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from hbm_policy.class_division import ClassDivision
 from hbm_policy.costs import CostConstants
 from hbm_pool.contracts.records import CostModel, RequestSample, ServerInfo
 from hbm_pool.host.extents import ExtentLedger, Owner
@@ -18,8 +18,12 @@ from hbm_pool.host.kv_handle import ANONYMOUS
 from hbm_pool.host.kv_index import KVIndex
 from hbm_pool.host.replacement import TzCache
 from hbm_pool.host.row_lag import RowLag
+from hbm_pool.host.tz_kernel import GHOST_HITS
 
 from hbm_sim.requests import RowList, RowNumbers
+
+DIVIDE_REQUESTS: Final = 64
+"""Requests after which the division among the width classes is looked at again."""
 
 
 class Served(NamedTuple):
@@ -36,22 +40,16 @@ class Served(NamedTuple):
 class Node:
     """One node. Requests are served one after the other, each in a batch of its own."""
 
-    def __init__(
-        self,
-        info: ServerInfo,
-        costs: CostConstants,
-        alpha: float,
-        class_shares: npt.NDArray[np.float64] | None = None,
-    ) -> None:
-        """`alpha` is rounded to whole extents. `class_shares` divides the EMB extents among the
-        width classes (sums to 1); by default they are divided by the bytes of the tables."""
+    def __init__(self, info: ServerInfo, costs: CostConstants, alpha: float) -> None:
+        """`alpha` is rounded to whole extents."""
         self.info = info
         self.costs = costs
         emb = min(max(round(alpha * info.extents), 0), info.extents)
         self.alpha = emb / info.extents
+        self.requests = 0
         clock = EpochClock()
         self._ledger = ExtentLedger(info.extents)
-        self._ledger.take(Owner.EMB, emb)
+        extents = self._ledger.take(Owner.EMB, emb)
         self._kv = KVIndex(
             self._ledger,
             clock,
@@ -62,31 +60,35 @@ class Node:
             eviction=info.kv_eviction,
         )
         self._kv.limit = info.extents - emb
+        self._division = ClassDivision(info, emb)
         self._rows: list[TzCache] = []
-        shares = catalogue_shares(info) if class_shares is None else class_shares
-        for each, rows, extents in zip(
-            info.classes, RowNumbers(info).rows, divide(emb, shares), strict=True
-        ):
-            self._rows.append(
-                TzCache(rows, each.rows_per_extent, max_extents=extents, num_extents=extents)
-            )
+        for each, rows in zip(info.classes, RowNumbers(info).rows, strict=True):
+            self._rows.append(TzCache(rows, each.rows_per_extent, max_extents=info.extents))
+        parts = np.split(extents, np.cumsum(self._division.extents)[:-1])
+        for cache, part in zip(self._rows, parts, strict=True):
+            cache.grow(part)
 
     def serve(self, sample: RequestSample, lists: list[RowList]) -> Served:
         """One request; `lists` are its rows (`RowNumbers.lists`)."""
         cached = self._serve_kv(sample)
-        lookups = 0
-        misses = []
+        looked_up, misses, ghost_hits = [], [], []
         for cache, (rows, positions) in zip(self._rows, lists, strict=True):
             wanted = rows[positions >= cached] if cached else rows
-            lookups += len(wanted)
             missed = wanted[cache.lookup_many(wanted) < 0]
+            looked_up.append(len(wanted))
             misses.append(len(missed))
+            ghosts = int(cache.tz.state[GHOST_HITS])
             if len(missed):
                 cache.insert_many(missed)
+            ghost_hits.append(int(cache.tz.state[GHOST_HITS]) - ghosts)
+        self._division.count(looked_up, misses, ghost_hits)
+        self.requests += 1
+        if self.requests % DIVIDE_REQUESTS == 0:
+            self._rebalance()
         compute_ms, gather_ms = prices(self.costs, sample, cached, misses)
         overlap = self.info.cost_model == CostModel.OVERLAP
         service_ms = max(compute_ms, gather_ms) if overlap else compute_ms + gather_ms
-        return Served(cached, lookups, tuple(misses), compute_ms, gather_ms, service_ms)
+        return Served(cached, sum(looked_up), tuple(misses), compute_ms, gather_ms, service_ms)
 
     def _serve_kv(self, sample: RequestSample) -> int:
         if sample.user == ANONYMOUS:
@@ -98,6 +100,21 @@ class Node:
         cached = handle.cached_tokens
         self._kv.commit(handle)
         return cached
+
+    def _rebalance(self) -> None:
+        change = self._division.rebalance(DIVIDE_REQUESTS)
+        if change is None:
+            return
+        won = np.empty(0, np.int32)
+        for cache, count in zip(self._rows, change, strict=True):
+            if count < 0:
+                cache.plan_shrink(-count)
+                while cache.draining_extents:
+                    won = np.concatenate([won, cache.shrink_slice(1 << 16).released])
+        for cache, count in zip(self._rows, change, strict=True):
+            if count > 0:
+                cache.grow(won[:count])
+                won = won[count:]
 
     def check_integrity(self) -> list[str]:
         """Violations in the index code; empty when all is well."""
@@ -121,21 +138,3 @@ def prices(
     )
     gather_ms = sum(count * ms for count, ms in zip(misses, costs.row_ms, strict=False))
     return compute_ms, gather_ms
-
-
-def catalogue_shares(info: ServerInfo) -> npt.NDArray[np.float64]:
-    """Division of EMB among the width classes by the bytes of their tables."""
-    size = np.array([each.row_bytes * each.catalogue_rows for each in info.classes], np.float64)
-    shares: npt.NDArray[np.float64] = size / size.sum()
-    return shares
-
-
-def divide(extents: int, shares: npt.NDArray[np.float64]) -> list[int]:
-    """Whole extents by shares; every class gets one at least while there are as many."""
-    edges = np.round(np.cumsum(shares) * extents).astype(int)
-    given = np.diff(edges, prepend=0)
-    for index in np.flatnonzero(given == 0):
-        if given.max() > 1:
-            given[int(np.argmax(given))] -= 1
-            given[index] = 1
-    return [int(count) for count in given]

@@ -117,7 +117,6 @@ def static_sweep(
     info: ServerInfo,
     costs: CostConstants,
     *,
-    class_shares: npt.NDArray[np.float64] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sweep:
     """α* per regime, pooled and per node, for the stream as it was sent to each node.
@@ -136,11 +135,11 @@ def static_sweep(
     outcomes = _Outcomes()
     total = 2 * len(requests)
     coarse = _grid(info, info.alpha_min, info.alpha_max, COARSE_STEP)
-    _run(requests, info, costs, coarse, class_shares, outcomes, progress, 0, total)
+    _run(requests, info, costs, coarse, outcomes, progress, 0, total)
     fine = _around_optima(labels, regimes, outcomes, info)
     if fine:
         done = len(requests)
-        _run(requests, info, costs, fine, class_shares, outcomes, progress, done, total)
+        _run(requests, info, costs, fine, outcomes, progress, done, total)
     outcomes.sort()
     latency_ms = _latencies(labels, outcomes, info) if labels.has_arrivals else None
     pooled = tuple(
@@ -222,7 +221,6 @@ def _run(
     info: ServerInfo,
     costs: CostConstants,
     emb_extents: Sequence[int],
-    class_shares: npt.NDArray[np.float64] | None,
     outcomes: _Outcomes,
     progress: Callable[[int, int], None] | None,
     done: int,
@@ -235,7 +233,7 @@ def _run(
     served: list[list[Served]] = [[] for _ in alphas]
     for request in requests:
         if request.node not in nodes:
-            nodes[request.node] = [Node(info, costs, alpha, class_shares) for alpha in alphas]
+            nodes[request.node] = [Node(info, costs, alpha) for alpha in alphas]
         lists = numbers.lists(request.sample)
         for column, node in zip(served, nodes[request.node], strict=True):
             column.append(node.serve(request.sample, lists))
