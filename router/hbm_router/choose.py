@@ -119,8 +119,8 @@ class Chooser:
         """Whether anything the nodes said is still believed."""
         self._open: list[bool] = []
         self._open_list: list[int] = []
-        self._base = np.zeros(0)
-        self._arrays_for: tuple[object, int] = (None, -1)
+        self._sheds = settings.max_queue_ms > 0 or settings.shed_over_deadline
+        self._health_version = -1
         self._take(CostTable(Snapshot(fleet.names, {}), self._trust))
 
     # -- state
@@ -159,7 +159,9 @@ class Chooser:
         self._snapshot = table.snapshot
         self._heard = dict(zip(table.snapshot.names, table.heard_s.tolist(), strict=True))
         count = len(table.snapshot.names)
-        self._own = np.zeros(count)
+        self._own = [0.0] * count
+        self._base = [0.0] * count  # all but the request's own computation and our requests
+        self._live = np.zeros(count)  # base + own
         self._total = np.empty(count)
         self._scratch = np.empty(count)
         self._token_list: list[float] = table.token_ms.tolist()
@@ -182,20 +184,22 @@ class Chooser:
         self._open = open_nodes
         self._open_list = [index for index, is_open in enumerate(open_nodes) if is_open]
         trust = np.array(self._load_trust)
-        self._base = table.fixed_ms + trust * table.queue_ms
-        self._base[~np.array(open_nodes, dtype=np.bool_)] = _INF
+        base = table.fixed_ms + trust * table.queue_ms
+        base[~np.array(open_nodes, dtype=np.bool_)] = _INF
+        self._base = base.tolist()
         self._queue_list = (trust * table.queue_ms).tolist()
         self.informed = bool((trust > 0.0).any())
         for node in self._fleet.nodes:
             self.touch(node)
-        self._arrays_for = (table, self._outlier.version)
+        self._health_version = self._outlier.version
         self._arrays_until_s = now_s + REFRESH_S
 
     def touch(self, node: Node) -> None:
         """The node's requests in flight have changed."""
         index = node.index
         if 0 <= index < len(self._own):
-            self._own[index] = node.inflight_ms - self._load_trust[index] * node.before_ms
+            own = self._own[index] = node.inflight_ms - self._load_trust[index] * node.before_ms
+            self._live[index] = self._base[index] + own
 
     def admit(self, choice: Choice) -> Ticket:
         """Counts a request onto its node."""
@@ -214,10 +218,7 @@ class Chooser:
         """The node for a request; `exclude` names one that has just failed it."""
         now_s = self._clock()
         self._outlier.usable(now_s)
-        if now_s >= self._arrays_until_s or self._arrays_for != (
-            self._table,
-            self._outlier.version,
-        ):
+        if now_s >= self._arrays_until_s or self._health_version != self._outlier.version:
             self._refresh(now_s)
         without = exclude.index if exclude is not None else -1
         candidates = self._open_list
@@ -230,8 +231,10 @@ class Chooser:
             facts = facts._replace(history_tokens=max(tokens for _, tokens in holders.values()))
 
         policy = self._policy
+        work_ms: float | None = None
         if policy is Policy.COST_MS and self.informed:
             index, why = self._least_cost(facts, holders, without)
+            work_ms = float(self._total[index]) - self._waiting_ms(index)
         elif policy is Policy.WEIGHTED and self.informed:
             index, why = self._weighted(facts, holders, candidates)
         elif policy is Policy.LEAST_LOAD:
@@ -243,8 +246,13 @@ class Chooser:
             index, why = candidates[self._turn % len(candidates)], "round_robin"
         else:
             index, why = self._by_hash(facts, candidates)
-        refusal = self._over_limits(facts, index, holders, candidates)
-        return refusal or self._choice(facts, holders, index, why)
+        if self._sheds:
+            refusal = self._over_limits(facts, index, holders, candidates)
+            if refusal is not None:
+                return refusal
+        if work_ms is None:
+            work_ms = self._work(facts, holders, index)
+        return self._choice(facts, holders, index, why, work_ms)
 
     def _holders(self, user: int | None, now_s: float) -> dict[int, tuple[float, int]]:
         """Index -> (P(hit), cached tokens) of the nodes that may hold the user."""
@@ -273,11 +281,11 @@ class Chooser:
         settings, table = self._settings, self._table
         total, scratch = self._total, self._scratch
         length, candidates = facts.history_tokens, facts.candidates
-        np.multiply(table.token_ms, length + candidates, out=total)
+        # A float times an array is a microsecond faster than an integer times it.
+        np.multiply(table.token_ms, float(length + candidates), out=total)
         np.multiply(table.context_ms, length * (length / 2 + candidates), out=scratch)
         total += scratch
-        total += self._base
-        total += self._own
+        total += self._live
         for index, (probability, tokens) in holders.items():
             cached = min(tokens, length)
             total[index] -= probability * saved_ms(
@@ -344,7 +352,7 @@ class Chooser:
         return min(1.0, self._waiting_ms(index) / self._settings.weighted_full_ms)
 
     def _waiting_ms(self, index: int) -> float:
-        return self._queue_list[index] + float(self._own[index])
+        return self._queue_list[index] + self._own[index]
 
     def _least_loaded(self, candidates: list[int]) -> int:
         nodes = self._fleet.nodes
@@ -422,9 +430,13 @@ class Chooser:
         return self._work(facts, holders, index) + self._waiting_ms(index)
 
     def _choice(
-        self, facts: Facts, holders: dict[int, tuple[float, int]], index: int, why: str
+        self,
+        facts: Facts,
+        holders: dict[int, tuple[float, int]],
+        index: int,
+        why: str,
+        work_ms: float,
     ) -> Choice:
-        work_ms = self._work(facts, holders, index)
         probability, tokens = holders.get(index, (0.0, 0))
         if facts.user is None:
             kv = "none"
@@ -458,7 +470,7 @@ class Chooser:
                     usable=self._open[index],
                     cost_ms=self._cost(facts, holders, index) if self.informed else None,
                     queue_ms=self._queue_list[index],
-                    own_ms=float(self._own[index]),
+                    own_ms=self._own[index],
                     hit_probability=probability,
                     cached_tokens=tokens,
                     trust=self._load_trust[index],

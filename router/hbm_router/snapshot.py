@@ -8,6 +8,8 @@ wrong prediction. Memory: 14 bytes per (user, node).
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -54,9 +56,10 @@ class Snapshot:
         """`previous` lends its index when no node's residency has changed since."""
         self.names = tuple(names)
         self.views = tuple(views.get(name) for name in self.names)
-        self._keys: npt.NDArray[np.int64]
-        self._tokens: npt.NDArray[np.uint32]
-        self._owners: npt.NDArray[np.int16]
+        # array.array: its items come out as plain integers, which numpy's do not.
+        self._keys: array[int]
+        self._tokens: array[int]
+        self._owners: array[int]
         if previous is not None and self._same_residency(previous):
             self._keys, self._tokens, self._owners = (
                 previous._keys,
@@ -80,9 +83,9 @@ class Snapshot:
             ]
         )
         order = np.argsort(keys, kind="stable")
-        self._keys = keys[order]
-        self._tokens = tokens[order]
-        self._owners = owners[order]
+        self._keys = array("q", keys[order].tobytes())
+        self._tokens = array("I", tokens[order].tobytes())
+        self._owners = array("h", owners[order].tobytes())
 
     def _same_residency(self, other: Snapshot) -> bool:
         return self.names == other.names and all(
@@ -98,9 +101,9 @@ class Snapshot:
     def holders(self, key: int) -> list[tuple[int, int]]:
         """`(index in names, cached tokens)` of each node that says it holds a digest key."""
         keys = self._keys
-        at = int(keys.searchsorted(key))
+        at = bisect_left(keys, key)
         found: list[tuple[int, int]] = []
         while at < len(keys) and keys[at] == key:
-            found.append((int(self._owners[at]), int(self._tokens[at])))
+            found.append((self._owners[at], self._tokens[at]))
             at += 1
         return found
