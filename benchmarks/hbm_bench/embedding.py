@@ -1,0 +1,177 @@
+"""Embedding rows: lookup + gather of a resident batch, and requests beside a refill.
+
+* `gather`: all rows are in the cache; `EmbeddingCache.gather` (index, replacement counters and the
+  copy) and a plain `torch.index_select` from a tensor of the same size take turns on the same
+  Zipf-drawn batches. Goal: CPU >= 0.9 x, GPU >= 0.5 x the plain one.
+* `refill`: batches with misses over a modelled link, in turn with the refiller at rest and at work
+  on extents that have just been won (4 % of the cache). Goal: foreground P99 <= 1.05 x, and under
+  1 % of the refiller's copies on the critical path.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from hbm_pool.device.arena import Arena
+from hbm_pool.device.embedding import EmbeddingCache
+from hbm_pool.device.refill import Refiller
+from hbm_pool.host.config import KVSpec, PoolShape, TableSpec
+from hbm_pool.host.link import LinkModel
+from hbm_pool.host.row_store import RamRowStore
+
+EXTENT_BYTES = 2 << 20
+_KV = KVSpec(layers=2, heads=2, head_dim=64, page_tokens=64)
+
+
+def run(quick: bool, seed: int, device: str = "cpu") -> dict[str, Any]:
+    """All figures; `quick` is a smoke run."""
+    torch.set_num_threads(1)
+    repetitions = 50 if quick else 1000
+    figures: dict[str, Any] = {
+        f"gather_{width * 4}_bytes": {
+            f"{rows}_rows": gather(width, rows, repetitions, seed, device)
+            for rows in ((2560,) if quick else (2560, 16384))
+        }
+        for width in (32, 256)
+    }
+    if device == "cpu":
+        figures["refill"] = refill(300 if quick else 2000, seed)
+    return figures
+
+
+def gather(width: int, rows: int, repetitions: int, seed: int, device: str) -> dict[str, Any]:
+    """All hits: the cache against `index_select`, batch by batch in turn."""
+    resident = 65_536
+    cache = _cache(width, resident, extra_extents=8, device=device, link=None)
+    random = np.random.default_rng(seed)
+    for start in range(0, resident, 8192):
+        _gather(cache, torch.arange(start, start + 8192), width, device)
+    plain = torch.empty((resident, width), device=device).normal_()
+    out = torch.empty((rows, width), device=device)
+    ours, theirs = [], []
+    misses = 0
+    for _ in range(repetitions):
+        ids = torch.from_numpy(_zipf(random, resident, rows)).to(device)
+        begin = time.perf_counter()
+        stats = cache.gather({"item": ids}, {"item": out})
+        _settle(device)
+        ours.append(time.perf_counter() - begin)
+        misses += stats.misses
+        begin = time.perf_counter()
+        torch.index_select(plain, 0, ids, out=out)
+        _settle(device)
+        theirs.append(time.perf_counter() - begin)
+    return {
+        "goal_speed_ratio": 0.9 if device == "cpu" else 0.5,
+        "speed_ratio_p50": float(np.median(theirs) / np.median(ours)),
+        "cache": _percentiles(ours),
+        "index_select": _percentiles(theirs),
+        "misses": misses,
+    }
+
+
+def refill(batches: int, seed: int) -> dict[str, Any]:
+    """Batches with misses, the refiller resting and working in turns of 50 batches."""
+    width, rows = 64, 1024
+    resident = 49_152
+    link = LinkModel(bytes_per_s=200e6)
+    cache = _cache(width, resident, extra_extents=0, device="cpu", link=link)
+    refiller = Refiller(cache, bytes_per_s=20e6)
+    random = np.random.default_rng(seed)
+    for _ in range(200):
+        _gather(cache, torch.from_numpy(_zipf(random, 4 * resident, rows)), width, "cpu")
+    won = max(1, round(0.04 * cache.num_extents))
+    rest_s: list[float] = []
+    work_s: list[float] = []
+    done = refilled = 0
+    try:
+        while done < batches:
+            for times, working in ((rest_s, False), (work_s, True)):
+                freed = cache.drop(won)
+                cache.grow(freed)
+                if working:
+                    refiller.start()
+                    refiller.wake()
+                for _ in range(50):
+                    ids = torch.from_numpy(_zipf(random, 4 * resident, rows))
+                    begin = time.perf_counter()
+                    _gather(cache, ids, width, "cpu")
+                    times.append(time.perf_counter() - begin)
+                    done += 1
+                if working:
+                    refiller.stop()
+        counters = refiller.counters()
+        refilled = counters.rows
+    finally:
+        refiller.close()
+    copies = max(counters.copies, 1)
+    rest, work = _percentiles(rest_s), _percentiles(work_s)
+    tail = "p99_us" if "p99_us" in rest else "p95_us"
+    return {
+        "goal_tail_ratio": 1.05,
+        "tail": tail,
+        "tail_ratio": work[tail] / rest[tail],
+        "resting": rest,
+        "refilling": work,
+        "goal_critical_share": 0.01,
+        "critical_share": counters.critical_copies / copies,
+        "copies": counters.copies,
+        "rows": refilled,
+    }
+
+
+def _cache(
+    width: int, resident: int, extra_extents: int, device: str, link: LinkModel | None
+) -> EmbeddingCache:
+    """A cache with room for `resident` rows and more, of a table four times as large."""
+    rows = 4 * resident
+    # Twice the room: with a tenth of it on probation all `resident` rows find a place.
+    extents = (
+        2 * resident * width * 4 // EXTENT_BYTES + extra_extents
+        if link is None
+        else (resident * width * 4 // EXTENT_BYTES)
+    )
+    shape = PoolShape(
+        pool_bytes=(extents + 64) * EXTENT_BYTES,
+        extent_bytes=EXTENT_BYTES,
+        tables=(TableSpec("item", rows, width),),
+        kv=_KV,
+        max_sequence_tokens=64,
+    )
+    table = np.random.default_rng(0).standard_normal((rows, width), dtype=np.float32)
+    arena = Arena(extents, EXTENT_BYTES, device)
+    cache = EmbeddingCache(shape, arena, {"item": RamRowStore(table, "item")}, link=link)
+    cache.grow(np.arange(extents))
+    return cache
+
+
+def _gather(cache: EmbeddingCache, ids: torch.Tensor, width: int, device: str) -> None:
+    out = torch.empty((ids.numel(), width), device=device)
+    cache.gather({"item": ids.to(device)}, {"item": out})
+
+
+def _zipf(random: np.random.Generator, rows: int, n: int) -> npt.NDArray[np.int64]:
+    """Row ids with popularity 1 / rank^0.8, by inversion of the continuous distribution."""
+    uniform = random.random(n)
+    ranks = ((rows**0.2 - 1.0) * uniform + 1.0) ** 5.0
+    ids: npt.NDArray[np.int64] = np.minimum(ranks, rows - 1).astype(np.int64)
+    return ids
+
+
+def _settle(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def _percentiles(times_s: list[float]) -> dict[str, float | int]:
+    """P99 only where 1,000 values stand behind it, else P95."""
+    tail = 99 if len(times_s) >= 1000 else 95
+    return {
+        "p50_us": float(np.percentile(times_s, 50) * 1e6),
+        f"p{tail}_us": float(np.percentile(times_s, tail) * 1e6),
+        "n": len(times_s),
+    }
