@@ -243,7 +243,14 @@ def _assemble(scenario: Scenario, seed: int, clock: _Clock, keys: npt.NDArray[np
             added_items=np.concatenate(added)[order],
             added_timestamps=np.repeat(seen_s, growth)[order],
         ),
+        history_limit=max(4096, 2 * _longest(scenario)),
     )
+
+
+def _longest(scenario: Scenario) -> int:
+    """Longest first history, in whole blocks of 1,024 items."""
+    longest = max(regime.history.maximum for regime in scenario.regimes.values())
+    return -(-longest // 1024) * 1024
 
 
 def _number_users(
