@@ -72,8 +72,9 @@ class DeviceFound:
             self._state = told[2:HEAD].copy()
         return self._missed
 
-    def hit_keys(self) -> Keys:
-        return np.empty(0, np.int64)
+    @property
+    def complete(self) -> bool:
+        return False
 
     def learn(self) -> None:
         if self._state is not None:

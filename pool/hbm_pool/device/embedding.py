@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 HIT_SAMPLE: Final = 8
-"""One gather in so many notes its hits, with this weight, for the refiller's counts."""
+"""One gather in so many notes all it asked for, with this weight, for the refiller's counts."""
 CANDIDATE_ROWS: Final = 4096
 """Rows the refiller asks about at a time."""
 SLICE_SLOTS: Final = 256
@@ -108,11 +108,21 @@ class EmbeddingCache:
         happened then), RowStoreError when missed rows cannot be read (the cache is as before).
         """
         requests = [self._request(name, wanted, out) for name, wanted in ids.items()]
-        with self._span(), self._reading() as ticket:
+        epoch = self._clock.begin(Lane.EMB)
+        try:
             with self._lock:
                 self._order_streams()
                 found = [r.kind.index.lookup(r.ids, r.table.first_key, r.out) for r in requests]
-            return self._complete(requests, found, ticket)
+                if all(one.complete for one in found):
+                    return self._count(requests, found, [], [])
+                ticket = self._pushes.begin_read()
+            try:
+                return self._complete(requests, found, ticket)
+            finally:
+                with self._lock:
+                    self._pushes.end_read(ticket)
+        finally:
+            self._clock.end(Lane.EMB, epoch)
 
     def prefetch(self, ids: Mapping[str, torch.Tensor]) -> int:
         """Brings rows in that a later gather will ask for; returns how many were fetched.
@@ -357,20 +367,22 @@ class EmbeddingCache:
     def _complete(
         self, requests: Sequence[RowRequest], found: Sequence[Found], ticket: int
     ) -> GatherStats:
-        missed = [f.missed() for f in found]
+        missed = [one.missed() for one in found]
         fetches = [
             Fetch(request.kind, keys)
             for request, keys in zip(requests, missed, strict=True)
             if keys.size
         ]
-        waiting = [f for f, keys in zip(found, missed, strict=True) if keys.size]
+        waiting = [one for one, keys in zip(found, missed, strict=True) if keys.size]
         link_s = 0.0
         inserted: list[Inserted] = []
         if fetches:
             with self.link.fetching():
                 link_s = self._fetch(fetches)
                 inserted = self._settle(fetches, ticket, waiting)
-        return self._count(requests, found, missed, inserted, link_s)
+        with self._lock:
+            stats = self._count(requests, found, missed, inserted)
+        return stats._replace(link_ms=link_s * 1e3)
 
     def _fetch(self, fetches: Sequence[Fetch]) -> float:
         for fetch in fetches:
@@ -405,21 +417,20 @@ class EmbeddingCache:
         found: Sequence[Found],
         missed: Sequence[Keys],
         inserted: Sequence[Inserted],
-        link_s: float,
     ) -> GatherStats:
+        """Counts a gather; the lock is held."""
         stats = count_gather(len(self.classes), requests, found, missed, inserted)
-        with self._lock:
-            for one in found:
-                one.learn()
-            for kind, n, m in zip(
-                self.classes, stats.class_accesses, stats.class_misses, strict=True
-            ):
-                kind.count(n, m)
-            self._gathers += 1
-            if self._gathers % HIT_SAMPLE == 0:
-                for request, one in zip(requests, found, strict=True):
-                    request.kind.counts.note(one.hit_keys(), HIT_SAMPLE)
-        return stats._replace(link_ms=link_s * 1e3)
+        for one in found:
+            one.learn()
+        for kind, n, m in zip(self.classes, stats.class_accesses, stats.class_misses, strict=True):
+            kind.count(n, m)
+        self._gathers += 1
+        if self._gathers % HIT_SAMPLE == 0:
+            for request in requests:
+                if request.ids.device.type == "cpu":
+                    keys = request.ids.numpy() + request.table.first_key
+                    request.kind.counts.note(keys, HIT_SAMPLE)
+        return stats
 
     def _drain(self, budget_us: float, *, rebalancing: bool) -> Emptied:
         """Empties extents, slice by slice; others may take the lock in between."""

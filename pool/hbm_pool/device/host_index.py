@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -14,41 +12,49 @@ from hbm_pool.host.replacement import TzCache, TzCounters
 from hbm_pool.host.tz_extents import resident
 from hbm_pool.host.tz_kernel import CONFLICTS, GHOST_HITS
 
+_NO_KEYS = np.empty(0, np.int64)
+_NO_BYTES = np.empty(0, np.uint8)
+_NO_PLACES = np.empty(0, np.int32)
+
 
 class HostFound:
-    """`row_index.Found` of the host back end; nothing is asynchronous but the device's copies."""
+    """`row_index.Found` of the host back end; nothing is asynchronous but the device's copies.
+
+    `missed_at` are the places of ids that wait for a row, `missed_from` which missed key it is.
+    """
+
+    __slots__ = ("_index", "_missed", "_out", "accesses", "missed_at", "missed_from", "unique")
 
     def __init__(
         self,
         index: HostRowIndex,
-        keys: Keys,
-        slots: npt.NDArray[np.int64],
-        inverse: npt.NDArray[np.int32],
+        accesses: int,
+        unique: int,
+        missed: Keys,
+        missed_at: npt.NDArray[np.int32],
+        missed_from: npt.NDArray[np.int32],
         out: torch.Tensor,
     ) -> None:
-        self.accesses = inverse.size
-        self.unique = keys.size
+        self.accesses = accesses
+        self.unique = unique
         self._index = index
-        self._inverse = inverse
+        self._missed = missed
+        self.missed_at = missed_at
+        self.missed_from = missed_from
         self._out = out
-        missed = slots < 0
-        self._missed = keys[missed]
-        self._keys = keys
-        self._missed_mask = missed
+
+    @property
+    def complete(self) -> bool:
+        return self._missed.size == 0
 
     def missed(self) -> Keys:
         return self._missed
-
-    def hit_keys(self) -> Keys:
-        return self._keys[~self._missed_mask]
 
     def learn(self) -> None:
         """The host knows already."""
 
     def spread(self, fetched: torch.Tensor) -> None:
-        place = np.full(self.unique, -1, np.int64)
-        place[self._missed_mask] = np.arange(self._missed.size)
-        self._index.spread(fetched, place, self._inverse, self._out)
+        self._index.spread(fetched, self.missed_at, self.missed_from, self._out)
 
 
 class HostRowIndex:
@@ -57,9 +63,20 @@ class HostRowIndex:
     def __init__(
         self, num_keys: int, rows_per_extent: int, num_extents: int, rows: torch.Tensor
     ) -> None:
+        if rows.shape[0] >= 1 << 31:
+            raise ValueError(
+                f"the arena has {rows.shape[0]} slots of this width; the host index counts them in "
+                "31 bits: use wider rows, a smaller pool or the device index"
+            )
         self.cache = TzCache(num_keys, rows_per_extent, max_extents=num_extents)
         self._rows = rows
-        self._words = _ArenaWords(rows) if rows.device.type == "cpu" else None
+        self._row_bytes = rows.shape[1] * rows.element_size()
+        self._stride_bytes = rows.stride(0) * rows.element_size()
+        self._arena: npt.NDArray[np.uint8] | None = None
+        if rows.device.type == "cpu":
+            flat = rows.as_strided((rows.shape[0] * rows.stride(0),), (1,))
+            self._arena = as_flat_bytes(flat)
+        self._scratch = _Scratch(256)
 
     @property
     def num_extents(self) -> int:
@@ -74,40 +91,59 @@ class HostRowIndex:
         return self.cache.index_bytes
 
     def lookup(self, ids: torch.Tensor, first_key: int, out: torch.Tensor) -> HostFound:
-        wanted = ids.cpu().contiguous().numpy()
+        wanted: Keys = ids.numpy() if ids.device.type == "cpu" else ids.cpu().numpy()
         size = wanted.size
-        keys, slots = np.empty((2, size), np.int64)
-        inverse = np.empty(size, np.int32)
-        table = np.zeros(1 << max(4, (2 * size - 1).bit_length()), np.int32)
-        unique, _ = row_copies.lookup_batch(
-            self.cache.tz, wanted, first_key, keys, slots, inverse, table
+        if size > self._scratch.size:
+            self._scratch = _Scratch(size)
+        scratch = self._scratch
+        on_host = self._arena is not None
+        missed, waiting, hits = row_copies.gather_batch(
+            self.cache.tz,
+            wanted,
+            first_key,
+            self._arena if self._arena is not None else _NO_BYTES,
+            self._stride_bytes,
+            self._row_bytes,
+            as_flat_bytes(out) if on_host else _NO_BYTES,
+            scratch.slots,
+            scratch.seen,
+            scratch.missed,
+            scratch.missed_at,
+            scratch.missed_from,
         )
-        keys, slots = keys[:unique], slots[:unique]
-        if self._words is not None:
-            self._words.gather(slots, inverse, out)
-        elif size:
+        if not on_host and size:
             # A missed row reads slot 0 and is overwritten by `spread`.
-            places = self._to_device(np.maximum(slots, 0)[inverse])
+            places = self._to_device(np.maximum(scratch.slots[:size], 0))
             torch.index_select(self._rows, 0, places, out=out)
-        return HostFound(self, keys, slots, inverse, out)
+        if missed == 0:
+            return HostFound(self, size, hits, _NO_KEYS, _NO_PLACES, _NO_PLACES, out)
+        return HostFound(
+            self,
+            size,
+            hits + missed,
+            scratch.missed[:missed].copy(),
+            scratch.missed_at[:waiting].copy(),
+            scratch.missed_from[:waiting].copy(),
+            out,
+        )
 
     def spread(
         self,
         fetched: torch.Tensor,
-        place: npt.NDArray[np.int64],
-        inverse: npt.NDArray[np.int32],
+        missed_at: npt.NDArray[np.int32],
+        missed_from: npt.NDArray[np.int32],
         out: torch.Tensor,
     ) -> None:
-        """`out[i] = fetched[place[inverse[i]]]` where `place` is not negative."""
-        if self._words is not None:
-            self._words.spread(fetched, place, inverse, out)
+        """`out[missed_at[i]] = fetched[missed_from[i]]`."""
+        if self._arena is not None:
+            row_copies.spread_rows(
+                as_flat_bytes(fetched), self._row_bytes, missed_at, missed_from, as_flat_bytes(out)
+            )
             return
-        source = place[inverse]
-        targets = np.flatnonzero(source >= 0)
         out.index_copy_(
             0,
-            self._to_device(targets),
-            fetched.index_select(0, self._to_device(source[targets])),
+            self._to_device(missed_at.astype(np.int64)),
+            fetched.index_select(0, self._to_device(missed_from.astype(np.int64))),
         )
 
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
@@ -167,15 +203,17 @@ class HostRowIndex:
     def _move(self, sources: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]) -> None:
         if sources.size == 0:
             return
-        if self._words is not None:
-            self._words.move(sources, targets)
+        if self._arena is not None:
+            row_copies.move_rows(self._arena, self._stride_bytes, self._row_bytes, sources, targets)
             return
         moved = self._rows.index_select(0, self._to_device(sources))
         self._rows.index_copy_(0, self._to_device(targets), moved)
 
     def _store(self, slots: npt.NDArray[np.int64], rows: torch.Tensor) -> None:
-        if self._words is not None:
-            self._words.store(slots, rows)
+        if self._arena is not None:
+            row_copies.store_rows(
+                self._arena, self._stride_bytes, self._row_bytes, slots, as_flat_bytes(rows)
+            )
             return
         kept = np.flatnonzero(slots >= 0)
         if kept.size:
@@ -192,42 +230,19 @@ class HostRowIndex:
         return pinned.to(self._rows.device, non_blocking=True)
 
 
-class _ArenaWords:
-    """The arena's rows as flat words, for the compiled copies of `row_copies`."""
+class _Scratch:
+    """Buffers of a look-up of up to `size` ids, used again by the next one."""
 
-    def __init__(self, rows: torch.Tensor) -> None:
-        width_bytes = rows.shape[1] * rows.element_size()
-        stride_bytes = rows.stride(0) * rows.element_size()
-        word = row_copies.word_dtype(width_bytes, stride_bytes)
-        self._dtype = word
-        self.width = width_bytes // word.itemsize
-        self.stride = stride_bytes // word.itemsize
-        flat = rows.as_strided((rows.shape[0] * rows.stride(0),), (1,))
-        self._arena: npt.NDArray[Any] = flat.view(torch.uint8).numpy().view(word)
+    def __init__(self, size: int) -> None:
+        self.size = 1 << (size - 1).bit_length()
+        self.slots = np.empty(self.size, np.int64)
+        self.seen = np.empty(2 * self.size, np.int32)
+        self.missed = np.empty(self.size, np.int64)
+        self.missed_at = np.empty(self.size, np.int32)
+        self.missed_from = np.empty(self.size, np.int32)
 
-    def gather(
-        self, slots: npt.NDArray[np.int64], inverse: npt.NDArray[np.int32], out: torch.Tensor
-    ) -> None:
-        row_copies.gather_rows(
-            self._arena, self.stride, self.width, slots, inverse, self._flat(out)
-        )
 
-    def spread(
-        self,
-        fetched: torch.Tensor,
-        place: npt.NDArray[np.int64],
-        inverse: npt.NDArray[np.int32],
-        out: torch.Tensor,
-    ) -> None:
-        row_copies.spread_rows(self._flat(fetched), self.width, place, inverse, self._flat(out))
-
-    def store(self, slots: npt.NDArray[np.int64], rows: torch.Tensor) -> None:
-        row_copies.store_rows(self._arena, self.stride, self.width, slots, self._flat(rows))
-
-    def move(self, sources: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]) -> None:
-        row_copies.move_rows(self._arena, self.stride, self.width, sources, targets)
-
-    def _flat(self, rows: torch.Tensor) -> npt.NDArray[Any]:
-        """Contiguous rows, without a copy."""
-        flat: npt.NDArray[Any] = rows.view(torch.uint8).view(-1).numpy().view(self._dtype)
-        return flat
+def as_flat_bytes(rows: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    flat: npt.NDArray[np.uint8] = rows.view(torch.uint8).reshape(-1).numpy()
+    return flat

@@ -68,20 +68,22 @@ def count_gather(
     missed: Sequence[Keys],
     inserted: Sequence[Inserted],
 ) -> GatherStats:
-    """Sums over the tables of a gather; `inserted` is per table that missed, in their order."""
+    """Sums over the tables of a gather; `missed` is per table or empty, `inserted` per table that
+    missed, in their order."""
     accesses = [0] * num_classes
     misses = [0] * num_classes
     ghosts = conflicts = nbytes = 0
-    became = iter(inserted)
-    for request, one, keys in zip(requests, found, missed, strict=True):
-        number = request.kind.number
-        accesses[number] += one.accesses
-        if keys.size:
-            result = next(became)
-            misses[number] += keys.size
-            ghosts += result.ghost_hits
-            conflicts += result.conflicts
-            nbytes += keys.size * request.kind.row_bytes
+    for request, one in zip(requests, found, strict=True):
+        accesses[request.kind.number] += one.accesses
+    if missed:
+        became = iter(inserted)
+        for request, keys in zip(requests, missed, strict=True):
+            if keys.size:
+                result = next(became)
+                misses[request.kind.number] += keys.size
+                ghosts += result.ghost_hits
+                conflicts += result.conflicts
+                nbytes += keys.size * request.kind.row_bytes
     return GatherStats(
         accesses=sum(accesses),
         unique=sum(one.unique for one in found),

@@ -50,8 +50,9 @@ class Found(Protocol):
     def unique(self) -> int:
         """Distinct rows; known after `missed`."""
 
-    def hit_keys(self) -> Keys:
-        """Distinct keys that were hit, for access counts; empty where they are not on the host."""
+    @property
+    def complete(self) -> bool:
+        """True when it is known that nothing was missed."""
 
     def learn(self) -> None:
         """Lets the index take over what `missed` has read back."""

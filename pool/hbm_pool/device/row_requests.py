@@ -12,7 +12,7 @@ from hbm_pool.device.arena import Arena
 from hbm_pool.device.row_index import Keys
 from hbm_pool.device.width_class import EmbClass, IndexKind, Table
 from hbm_pool.host.config import PoolShape
-from hbm_pool.host.row_copies import first_outside
+from hbm_pool.host.row_copies import any_outside
 from hbm_pool.host.row_store import RowStore
 
 DEVICE_INDEX_SHARE: Final = 0.05
@@ -42,11 +42,7 @@ def row_request(
             f"ids of table {name!r} are {list(ids.shape)} {ids.dtype}; they must be [n] int64"
         )
     if ids.device.type == "cpu":
-        wrong = first_outside(ids.numpy(), table.rows)
-        if wrong >= 0:
-            raise ValueError(
-                f"table {name!r} has no row {int(ids[wrong])}; its rows are 0..{table.rows - 1}"
-            )
+        _check_ids(table, ids.numpy())
     if out is None:
         return RowRequest(kind, table, ids, ids)
     if name not in out:
@@ -83,15 +79,18 @@ def pushed_rows(
             f"pushed values of table {table.name!r} are {list(values.shape)} {values.dtype}; they "
             f"must be {shape} {kind.dtype}"
         )
-    wrong = first_outside(numbers, table.rows)
-    if wrong >= 0:
-        raise ValueError(
-            f"table {table.name!r} has no row {int(numbers[wrong])}; its rows are "
-            f"0..{table.rows - 1}"
-        )
+    _check_ids(table, numbers)
     distinct, from_end = np.unique(numbers[::-1], return_index=True)
     newest = torch.from_numpy(numbers.size - 1 - from_end)
     return distinct + table.first_key, values.detach().cpu()[newest].contiguous()
+
+
+def _check_ids(table: Table, ids: Keys) -> None:
+    if any_outside(ids, table.rows):
+        wrong = ids[(ids < 0) | (ids >= table.rows)][0]
+        raise ValueError(
+            f"table {table.name!r} has no row {int(wrong)}; its rows are 0..{table.rows - 1}"
+        )
 
 
 def index_for(shape: PoolShape, arena: Arena) -> IndexKind:

@@ -46,9 +46,9 @@ OFFSET_BITS: Final = 24
 EXTENT_BITS: Final = 24
 GENERATION_BITS: Final = 15
 GENERATION_MASK: Final = (1 << GENERATION_BITS) - 1
-_OFFSET_MASK: Final = (1 << OFFSET_BITS) - 1
+OFFSET_MASK: Final = (1 << OFFSET_BITS) - 1
 EXTENT_MASK: Final = (1 << EXTENT_BITS) - 1
-_EXTENT_SHIFT: Final = OFFSET_BITS
+EXTENT_SHIFT: Final = OFFSET_BITS
 _GENERATION_SHIFT: Final = OFFSET_BITS + EXTENT_BITS
 GHOST_GENERATIONS: Final = 9
 REGROWN_SKIP: Final = 10
@@ -134,8 +134,8 @@ def allocate(
         )
     if not 1 <= max_extents <= EXTENT_MASK:
         raise ValueError(f"max_extents is {max_extents}; it must be in 1..{EXTENT_MASK}")
-    if not 1 <= rows_per_extent < _OFFSET_MASK:
-        raise ValueError(f"rows_per_extent is {rows_per_extent}; it must be 1..{_OFFSET_MASK - 1}")
+    if not 1 <= rows_per_extent < OFFSET_MASK:
+        raise ValueError(f"rows_per_extent is {rows_per_extent}; it must be 1..{OFFSET_MASK - 1}")
     slots = max_extents * rows_per_extent
     hash_entries = hash_index_entries(slots) if hash_index else 0
     if hash_entries >= 1 << 31:
@@ -232,8 +232,8 @@ def entry_slot(tz: Tz, entry: int, key: int) -> int:
     """Slot the entry points at if that slot still holds the key, else -1 (rule 1)."""
     if entry == 0:
         return -1
-    extent = (entry >> _EXTENT_SHIFT) & EXTENT_MASK
-    offset = (entry & _OFFSET_MASK) - 1
+    extent = (entry >> EXTENT_SHIFT) & EXTENT_MASK
+    offset = (entry & OFFSET_MASK) - 1
     slot: int = extent * tz.state[ROWS] + offset
     if (wide(tz.words[slot]) >> 2) == key and offset < tz.fill[extent]:
         return slot
@@ -245,7 +245,7 @@ def ghost_age(tz: Tz, entry: int) -> int:
     """Generations since the entry's row was put into probation; 0 when it is no ghost."""
     if entry == 0:
         return 0
-    extent = (entry >> _EXTENT_SHIFT) & EXTENT_MASK
+    extent = (entry >> EXTENT_SHIFT) & EXTENT_MASK
     if tz.zone[extent] != PROBATION:
         return 0
     age = (tz.generation[extent] - (entry >> _GENERATION_SHIFT)) & GENERATION_MASK
@@ -311,7 +311,7 @@ def claim(tz: Tz, key: int) -> int:
 def _point(tz: Tz, place: int, extent: int, offset: int) -> None:
     generation = wide(tz.generation[extent])
     tz.entries[place] = (
-        (generation << _GENERATION_SHIFT) | (wide(extent) << _EXTENT_SHIFT) | (offset + 1)
+        (generation << _GENERATION_SHIFT) | (wide(extent) << EXTENT_SHIFT) | (offset + 1)
     )
 
 
