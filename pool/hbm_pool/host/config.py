@@ -211,6 +211,8 @@ class PoolConfig(PoolShape):
     """Time one slice of a planned move may take at a batch boundary."""
     max_kv_row_lag_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 300.0
     """How long KV computed from older row values is reused after rows were pushed; 0: never."""
+    emb_index: Literal["auto", "host", "device"] = "auto"
+    """Where keys and replacement of EMB live; auto: on the GPU if there is one and it is cheap."""
     kv_eviction: Literal["tail", "whole"] = "tail"
     """What the coldest user loses when room is needed: the tail of the history, or all of it."""
 
