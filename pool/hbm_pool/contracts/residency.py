@@ -107,6 +107,10 @@ class EventRingReader:
             newest = self._newest()
             if newest < self.expected:
                 break
+            # It may have been completed since; a page fault can hold a write up for long.
+            event = self._load(self.expected)
+            if event is not None and event.sequence == self.expected:
+                continue
             self.expected = newest + 1
             return events, True
         return events, False

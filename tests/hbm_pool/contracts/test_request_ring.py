@@ -233,6 +233,22 @@ def test_damage_in_the_ring_is_skipped_and_counted(
     assert more_lost == 0
 
 
+def test_an_old_record_in_a_new_place_is_not_delivered_again(make_sample: MakeSample) -> None:
+    region = _region()
+    writer = RequestRingWriter(region)
+    reader = RequestRingReader(region, from_start=True)
+    for number in range(10):
+        writer.push(make_sample(number))
+    size = writer.head // 10
+    assert len(reader.read(5)[0]) == 5
+    records = region[HEAD_BYTES:]
+    records[5 * size : 6 * size] = records[2 * size : 3 * size]  # whole, but read before
+    samples, lost = reader.read(100)
+    numbers = [_number(sample) for sample in samples]
+    assert all(number > 5 for number in numbers)
+    assert len(numbers) + lost == 5
+
+
 @FOR_ANY_FIXTURE
 @given(noise=st.binary(min_size=1, max_size=64), at=st.integers(0, HEAD_BYTES + 2000))
 def test_a_damaged_cursor_makes_up_nothing(

@@ -117,6 +117,25 @@ def test_foreign_bytes_are_no_events(raw: bytes) -> None:
     assert EventRingReader(memoryview(raw)).read() == ([], False)
 
 
+def test_an_event_that_takes_long_to_write_is_no_gap() -> None:
+    """Its bytes become whole after the reader gave up on them and looked for newer ones."""
+    region = _ring()
+    writer = EventRingWriter(region)
+
+    class LateReader(EventRingReader):
+        def _newest(self) -> int:
+            region[:] = finished
+            return super()._newest()
+
+    reader = LateReader(region)
+    writer.push(1, 64)
+    half = bytearray(region)
+    half[EVENT_BYTES + 12 : 2 * EVENT_BYTES] = bytes(EVENT_BYTES - 12)
+    finished = bytes(region)
+    region[:] = half
+    assert reader.read() == ([UserCached(1, 1, 64)], False)
+
+
 @pytest.mark.parametrize("before", [0, 5, EVENTS, 2 * EVENTS + 3])
 def test_a_kill_at_every_byte_of_an_event_tears_none(before: int) -> None:
     region = _ring()
