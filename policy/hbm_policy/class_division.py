@@ -21,6 +21,8 @@ PROBATION_SPARE: Final = 1.12
 ROW_PRICE_BYTES: Final = 512
 REBALANCE_DEAD_BAND: Final = 0.05
 REBALANCE_EXTENTS: Final = 8
+DIVIDE_REQUESTS: Final = 64
+"""Requests after which a simulated pool looks at its division again."""
 REBALANCE_REQUESTS: Final = 8
 """Requests per step of a rebalance: a slice at a batch boundary empties some of its extents."""
 

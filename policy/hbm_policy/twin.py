@@ -32,7 +32,7 @@ from hbm_pool.contracts.records import (
 )
 from hbm_pool.host.tz_kernel import GHOST_HITS
 
-from hbm_policy.class_division import ClassDivision
+from hbm_policy.class_division import DIVIDE_REQUESTS, ClassDivision
 from hbm_policy.costs import CostConstants, usable
 from hbm_policy.twin_kernel import (
     CANDIDATE_MISSES,
@@ -52,8 +52,6 @@ from hbm_policy.twin_rows import Rows, allocate_rows, resize_rows, sampled_slots
 from hbm_policy.twin_users import allocate_users
 
 ALPHA_STEP: Final = 0.05
-DIVIDE_REQUESTS: Final = 64
-"""Requests after which candidates look at the division among their width classes again."""
 
 
 class TwinError(ValueError):
@@ -135,7 +133,6 @@ class Twin:
         self._looked_up = np.zeros((len(emb_extents), MAX_CLASSES))
         self._missed = np.zeros((len(emb_extents), MAX_CLASSES))
         self._counted = np.zeros((3, len(emb_extents), len(info.classes)))
-        self._divided_at = 0
         # What had been offered when the caches were last cold.
         self._cold_kv = np.zeros(len(emb_extents))
         self._cold_emb = np.zeros((len(emb_extents), len(info.classes)))
@@ -172,15 +169,23 @@ class Twin:
             self._lose(lost)
         sound = [sample for sample in samples if self._is_sound(sample)]
         self.requests_refused += len(samples) - len(sound)
-        if not sound:
-            return
+        # The division among the classes is looked at after the same requests, however they come.
+        at = 0
+        while at < len(sound):
+            until = at + DIVIDE_REQUESTS - self.requests % DIVIDE_REQUESTS
+            self._simulate(sound[at:until], costs)
+            at = until
+            if len(self.info.classes) > 1 and self.requests % DIVIDE_REQUESTS == 0:
+                self._divide_anew()
+
+    def _simulate(self, samples: Sequence[RequestSample], costs: CostConstants) -> None:
         row_ms = np.zeros(MAX_CLASSES)
         row_ms[: len(costs.row_ms)] = costs.row_ms
         info = self.info
         simulate(
             self._rows,
             self._users,
-            _stream(sound),
+            _stream(samples),
             self._class_of_table,
             self._table_share,
             info.page_tokens,
@@ -196,12 +201,9 @@ class Twin:
             self._missed,
             self._sums,
             self._weight,
-            self._scratch_for(sound),
+            self._scratch_for(samples),
         )
-        self.requests += len(sound)
-        if len(info.classes) > 1 and self.requests - self._divided_at >= DIVIDE_REQUESTS:
-            self._divide_anew(self.requests - self._divided_at)
-            self._divided_at = self.requests
+        self.requests += len(samples)
 
     def curves(self, into: npt.NDArray[Any]) -> None:
         """Fills one record of dtype CURVES but for its boot epoch. Costs are by the newest
@@ -306,7 +308,7 @@ class Twin:
             and len(sample.history_keys) == len(sample.history_positions)
         )
 
-    def _divide_anew(self, requests: int) -> None:
+    def _divide_anew(self) -> None:
         """Every candidate moves extents between its classes as the pool would."""
         classes = len(self.info.classes)
         ghosts = np.stack(
@@ -318,7 +320,7 @@ class Twin:
         for k, division in enumerate(self._divisions):
             looked_up, missed, ghost_hits = recent[:, k].tolist()
             division.count(looked_up, missed, ghost_hits)
-            change = division.rebalance(requests)
+            change = division.rebalance(DIVIDE_REQUESTS)
             if change is None:
                 continue
             for index in np.argsort(change):

@@ -6,10 +6,10 @@ kernel); only bytes and time are missing. Time is the cost model's.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from hbm_policy.class_division import ClassDivision
+from hbm_policy.class_division import DIVIDE_REQUESTS, ClassDivision
 from hbm_policy.costs import CostConstants
 from hbm_pool.contracts.records import CostModel, RequestSample, ServerInfo
 from hbm_pool.host.extents import ExtentLedger, Owner
@@ -21,9 +21,6 @@ from hbm_pool.host.row_lag import RowLag
 from hbm_pool.host.tz_kernel import GHOST_HITS
 
 from hbm_sim.requests import RowList, RowNumbers
-
-DIVIDE_REQUESTS: Final = 64
-"""Requests after which the division among the width classes is looked at again."""
 
 
 class Served(NamedTuple):
