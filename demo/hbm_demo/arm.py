@@ -16,6 +16,7 @@ import numpy.typing as npt
 import orjson
 from hbm_load.records import Records
 from hbm_load.trace import Trace
+from hbm_serving.config import Config
 
 from hbm_demo.errors import DemoError, ProcessFailed
 from hbm_demo.machine import MachineReport, MachineWatch
@@ -63,8 +64,7 @@ def run_arm(
     *,
     directory: Path,
     out: Path,
-    slo_ms: float,
-    catalogue: int,
+    model: Config,
     view: View,
 ) -> ArmResult:
     """Starts a system below `directory`, sends the trace, stops everything; logs go to `out`.
@@ -76,11 +76,12 @@ def run_arm(
     path.unlink(missing_ok=True)
     with Processes(out / "logs" / arm.name) as processes:
         view.say(f"{arm.title}: starting {settings.nodes} servers, their sidecars and the router")
-        system = start_system(processes, settings, arm, directory)
+        refill = model.pool.refill_bytes_per_s
+        system = start_system(processes, settings, arm, directory, refill)
         view.say(f"{arm.title}: {len(trace)} requests in {settings.arm_seconds:.0f} s")
         observers = [NodeObserver(node) for node in system.nodes]
         watch = MachineWatch(processes.pids(), time.monotonic())
-        load = _start_load(processes, settings, system, path, slo_ms, catalogue)
+        load = _start_load(processes, settings, system, path, model)
         samples = _watch(arm, processes, load, observers, view)
         machine = watch.report(time.monotonic())
         violations = [line for node in system.nodes for line in _integrity(node.admin_url)]
@@ -112,19 +113,18 @@ def _start_load(
     settings: DemoSettings,
     system: System,
     records: Path,
-    slo_ms: float,
-    catalogue: int,
+    model: Config,
 ) -> Process:
     """The load generator is a process of its own: drawing this view must not delay a request."""
     command = [sys.executable, "-m", "hbm_load", "--url", system.router_url]
     command += ["--records", str(records), "--seconds", str(settings.arm_seconds)]
-    command += ["--seed", str(settings.seed), "--slo-ms", str(slo_ms)]
+    command += ["--seed", str(settings.seed), "--slo-ms", str(model.server.slo_ms)]
     command += ["--timeout-s", str(_TIMEOUT_S), "--progress-s", "0.5"]
     if settings.trace is None:
         command += ["--scenario", settings.scenario]
     else:
         command += ["--trace", str(settings.trace), "--columns", settings.columns]
-        command += ["--rate", str(TRACE_RATE_PER_S), "--catalogue", str(catalogue)]
+        command += ["--rate", str(TRACE_RATE_PER_S), "--catalogue", str(model.model.items)]
     process = processes.start("load", command, stdout=subprocess.PIPE)
     assert process.popen.stdout is not None
     os.set_blocking(process.popen.stdout.fileno(), False)

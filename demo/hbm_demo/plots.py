@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from hbm_load.records import Records
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from hbm_demo.arm import ArmResult
 from hbm_demo.summary import series_of
@@ -96,7 +97,7 @@ def latency_over_time(arms: Iterable[ArmResult], slo_ms: float) -> str:
             axes.plot(middle, values, color=colour, lw=width, label=f"P{q}, {result.arm.title}")
     axes.axhline(slo_ms, color="#a32638", lw=1, ls=":", label=f"SLO {slo_ms:g} ms")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
+    _plain_log(axes.yaxis)
     return _svg(figure, axes, "time, s (windows of 2 s)", "latency, ms")
 
 
@@ -120,8 +121,7 @@ def latency_distribution(arms: Iterable[ArmResult], slo_ms: float) -> str:
         axes[index].set_xscale("log")
         axes[index].set_yscale("log")
         axes[index].set_ylim(1e-3, 1.1)
-        axes[index].xaxis.set_major_formatter("{x:g}")
-        axes[index].minorticks_off()
+        _plain_log(axes[index].xaxis)
     axes[0].legend(loc="lower left")
     return _svg(figure, axes[0], "latency, ms", "share slower", legend=False)
 
@@ -212,6 +212,13 @@ def _svg(figure: Figure, axes: Axes, x: str, y: str, *, legend: bool = True) -> 
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     head, rest = svg.split(">", 1)
     return re.sub(r' (?:width|height)="[^"]*"', "", head) + ">" + rest
+
+
+def _plain_log(axis: Any) -> None:
+    """Ticks at 1, 2 and 5 of each decade, written as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _bands(axes: Axes, records: Records) -> None:

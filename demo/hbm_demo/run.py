@@ -51,8 +51,7 @@ def run_demo(settings: DemoSettings, view: View) -> tuple[dict[str, Any], Path]:
                 trace,
                 directory=directory / arm.name,
                 out=out,
-                slo_ms=slo_ms,
-                catalogue=model.model.items,
+                model=model,
                 view=view,
             )
             for arm in arms

@@ -44,7 +44,13 @@ class System(NamedTuple):
     nodes: tuple[Node, ...]
 
 
-def start_system(processes: Processes, settings: DemoSettings, arm: Arm, directory: Path) -> System:
+def start_system(
+    processes: Processes,
+    settings: DemoSettings,
+    arm: Arm,
+    directory: Path,
+    refill_bytes_per_s: float,
+) -> System:
     """Starts everything below `directory` (a short path: unix sockets) and waits for it.
 
     Raises `ProcessFailed` naming the process and the last line of its log.
@@ -92,6 +98,7 @@ def start_system(processes: Processes, settings: DemoSettings, arm: Arm, directo
         command = [*hbm, "sidecar", "--run-dir", str(node.run_dir), "--node", node.name]
         command += ["--node-url", node.url, "--namespace", _NAMESPACE, "--redis-url", redis_url]
         command += ["--mode", arm.mode, "--port", "0"]
+        command += ["--refill-bytes-per-s", str(refill_bytes_per_s)]
         command += ["--ready-file", str(node.run_dir / "sidecar.json")]
         if arm.mode == "fixed":
             command += ["--alpha-fixed", str(ALPHA_START)]
