@@ -32,6 +32,8 @@ PUBLISH_S: Final = 0.1
 """Curves are written at most this often; decide reads the newest at each tick."""
 IDLE_S: Final = 0.02
 REOPEN_S: Final = 0.5
+REST_MAX_S: Final = 0.5
+"""Compiling the kernel (seconds, where no cache is shipped) costs no minutes of rest."""
 NICENESS: Final = 10
 
 
@@ -70,7 +72,8 @@ class TwinProcess:
                 pause_s = REOPEN_S
             worked_s = time.thread_time() - began
             budget = self._config.twin_budget
-            stop.wait(max(pause_s, worked_s * (1.0 - budget) / budget))
+            rest_s = min(REST_MAX_S, worked_s * (1.0 - budget) / budget)
+            stop.wait(max(pause_s, rest_s))
 
     def _cycle(self) -> float:
         """One piece of work; how long to rest at least, in seconds."""
@@ -90,8 +93,7 @@ class TwinProcess:
             return IDLE_S
         samples, lost = server.read_requests(SAMPLES_PER_CYCLE)
         if samples or lost:
-            classes = self._telemetry["class_extents"][: len(server.info.classes)]
-            self._twin.feed(samples, lost, self._costs, classes.tolist())
+            self._twin.feed(samples, lost, self._costs)
         self._publish()
         return 0.0 if len(samples) == SAMPLES_PER_CYCLE else IDLE_S
 
