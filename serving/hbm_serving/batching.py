@@ -33,6 +33,7 @@ class RankResult(NamedTuple):
     service_ms: float  # gather and compute of its batch
     alpha: float
     kv_row_lag_s: float
+    top_shards: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(slots=True, eq=False)

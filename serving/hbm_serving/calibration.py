@@ -16,7 +16,7 @@ import torch
 
 from hbm_serving.config import Config
 from hbm_serving.costs import ComputeTiming, CostEstimator, fit_compute
-from hbm_serving.features import Batch, RankRequest, table_ids
+from hbm_serving.features import Batch, RankRequest
 from hbm_serving.memory import Memory
 from hbm_serving.model import HSTU, PagedHistory
 from hbm_serving.weights import DTYPES
@@ -128,8 +128,10 @@ def _row_costs(config: Config, memory: Memory, until_s: float) -> tuple[list[flo
             base_ms = min(base_ms, hit_ms)
             if misses > again:
                 prices[index].append((missed_ms - hit_ms) / (misses - again))
+            elif misses:  # nothing is ever cached here
+                prices[index].append(missed_ms / misses)
     fallback = [value for values in prices for value in values]
-    row_ms = [max(0.0, float(np.median(values or fallback or [0.0]))) for values in prices]
+    row_ms = [max(1e-6, float(np.median(values or fallback or [0.0]))) for values in prices]
     return row_ms, base_ms if math.isfinite(base_ms) else 0.0
 
 
@@ -142,10 +144,3 @@ def _timed_gather(
     if memory.device.type == "cuda":
         torch.cuda.synchronize(memory.device)
     return (time.perf_counter() - begun_s) * 1e3, count.class_misses[index]
-
-
-def table_probe(config: Config, items: int, seed: int) -> dict[str, torch.Tensor]:
-    """Rows of random items in every table, for benchmarks."""
-    generator = np.random.default_rng(seed)
-    drawn = generator.integers(0, config.model.items, items)
-    return {name: torch.from_numpy(ids) for name, ids in table_ids(config.model, drawn).items()}

@@ -89,6 +89,8 @@ class TableConfig(_Section):
     rows: int = Field(ge=1, lt=1 << 40)
     width: int = Field(ge=1, le=8192)
     dtype: Dtype = "float32"
+    file: Path | None = None
+    """Rows in a file larger than memory (`hbm_pool.host.file_store`); None: weights or seed."""
 
 
 class ModelConfig(_Section):
@@ -193,6 +195,11 @@ class ServerSection(_Section):
     """Time spent at start on measuring the cost constants (0: only from served batches)."""
     sample_slots: int = Field(4096, ge=1)
     """Rows are sampled for the sidecar's twin so densely that about this many slots are sampled."""
+    emb_shards: int = Field(256, ge=1, le=1 << 14)
+    """Shards in which the digest states how many rows are resident."""
+    top_shards: int = Field(0, ge=0, le=64)
+    """How many of a user's most used shards a response names (`X-HBM-Top-Shards`); 0: none. For
+    the router's `weighted` policy."""
     seed: int = Field(1, ge=0, lt=1 << 32)
     weights: Path | None = None
     """A safetensors file; None: weights are drawn from `seed`."""

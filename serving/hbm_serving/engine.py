@@ -66,6 +66,7 @@ class Engine:
         self.memory: Memory = open_memory(config, self.device)
         model = HSTU(config.model, dense, self.device)
         self.costs = calibrate(config, model, self.memory)
+        self.memory.set_row_prices(self.costs.constants.row_ms)
         self.queue = BatchQueue(config.server.max_queue, time.perf_counter)
         self._stages = RankStages(
             config,
@@ -117,6 +118,11 @@ class Engine:
             self.link.publish(self._fill)
             self.link.close()
         self.memory.close()
+
+    @property
+    def overloads(self) -> int:
+        """Requests refused with 503."""
+        return self.counters.overloads + self._pipeline.expired
 
     @property
     def model_version(self) -> int:
@@ -231,8 +237,9 @@ class Engine:
             self.memory.set_target_alpha(command.alpha, drop_only=command.drop_only)
             self.memory.set_refill_rate(command.refill_bytes_per_s)
             self.counters.commands += 1
+        self.counters.commands_ignored = link.ignored
         link.publish(self._fill)
-        link.step_snapshot(self.memory.shard_rows)
+        link.step_snapshot(lambda: self.memory.shard_rows(self.config.server.emb_shards))
 
     def _kv_event(self, user: int, tokens: int) -> None:
         if self.link is not None:
@@ -251,6 +258,7 @@ class Engine:
         for name in _COUNTED:
             record[name] = getattr(counters, name)
         record["latency_p50_ms"], record["latency_p99_ms"], record["latency_n"] = self._percentiles
+        record["overloads"] = self.overloads
         record["queue_depth"] = self.queue.depth
         record["draining"] = self.state != "ready"
         record["model_version"] = self.model_version
@@ -307,6 +315,12 @@ class Engine:
         yield Sample(
             "hbm_serving_in_flight", "Requests in a batch.", "gauge", self._pipeline.in_flight
         )
+        yield Sample(
+            "hbm_serving_overloads",
+            "Requests refused for want of room or time.",
+            "counter",
+            self.overloads,
+        )
         for name, (field, text) in _SERVING_COUNTERS.items():
             yield Sample(f"hbm_serving_{name}", text, "counter", getattr(counters, field))
         for name, text in _SERVING_SECONDS.items():
@@ -331,13 +345,16 @@ class Engine:
                 getattr(constants, f"{part}_ms") / 1e3,
                 (("part", part),),
             )
+        for index, row_ms in enumerate(constants.row_ms):
+            yield Sample(
+                "hbm_serving_cost_seconds", "", "gauge", row_ms / 1e3, (("part", f"row_{index}"),)
+            )
         yield from self.memory.samples()
 
 
 _COUNTED = (
     "requests",
     "errors",
-    "overloads",
     "uncached_requests",
     "batches",
     "slo_met",
@@ -357,7 +374,6 @@ _COUNTED = (
 _SERVING_COUNTERS = {
     "ranked": ("requests", "Requests that were scored."),
     "errors": ("errors", "Requests that failed inside the server."),
-    "overloads": ("overloads", "Requests refused for want of room or time."),
     "batches": ("batches", "Batches computed."),
     "uncached_requests": ("uncached_requests", "Requests without pages for want of room."),
     "slo_met": ("slo_met", "Scored requests within their deadline or the server's SLO."),
@@ -365,6 +381,7 @@ _SERVING_COUNTERS = {
     "kv_tokens_computed": ("kv_tokens_computed", "History tokens that were computed."),
     "candidate_tokens": ("candidate_tokens", "Candidates scored."),
     "commands": ("commands", "Commands taken over from the sidecar."),
+    "commands_ignored": ("commands_ignored", "Commands outside the server's bounds."),
 }
 _SERVING_SECONDS = {
     "gather": "Time spent looking up KV and gathering rows.",

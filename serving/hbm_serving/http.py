@@ -112,7 +112,7 @@ def deadline_of(request: Request) -> float | None:
 
 def result_headers(result: RankResult, candidates: int, request_tokens: int) -> dict[str, str]:
     """What was hit, so that router and client can check themselves."""
-    return {
+    headers = {
         names.HISTORY_TOKENS: str(request_tokens),
         names.CANDIDATES: str(candidates),
         names.KV_REUSED_TOKENS: str(result.kv_reused_tokens),
@@ -124,6 +124,9 @@ def result_headers(result: RankResult, candidates: int, request_tokens: int) -> 
         names.MODEL_VERSION: str(result.model_version),
         names.KV_ROW_LAG_S: f"{result.kv_row_lag_s:.3f}",
     }
+    if result.top_shards:
+        headers[names.TOP_SHARDS] = ",".join(map(str, result.top_shards))
+    return headers
 
 
 def error_body(field: str, message: str) -> bytes:

@@ -8,13 +8,18 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from hbm_pool.errors import RowStoreError
 from hbm_pool.host.config import KVSpec, PoolConfig, TableSpec, WidthClass
+from hbm_pool.host.file_store import FileRowStore
+from hbm_pool.host.link import LinkModel
+from hbm_pool.host.row_store import RamRowStore, RowStore
 from pydantic import ValidationError
 
 from hbm_serving.config import Config, first_problem
 from hbm_serving.errors import ConfigError
 from hbm_serving.features import Ints
 from hbm_serving.metrics import Sample
+from hbm_serving.weights import DTYPES, draw_table, load_table
 
 
 class Hold(Protocol):
@@ -72,11 +77,12 @@ class Memory(Protocol):
         self, ids: Mapping[str, torch.Tensor], out: Mapping[str, torch.Tensor]
     ) -> RowCount: ...
     def set_target_alpha(self, alpha: float, *, drop_only: bool) -> None: ...
+    def set_row_prices(self, row_ms: Sequence[float]) -> None: ...
     def set_refill_rate(self, bytes_per_s: float) -> None: ...
     def push_rows(self, table: str, ids: Ints, values: npt.NDArray[np.float32]) -> int: ...
     def set_model_version(self, version: int) -> None: ...
     def on_kv_event(self, callback: Callable[[int, int], None]) -> None: ...
-    def shard_rows(self) -> npt.NDArray[np.uint32]: ...
+    def shard_rows(self, shards: int) -> npt.NDArray[np.uint32]: ...
     def check_integrity(self) -> list[str]: ...
     def fill(self, record: npt.NDArray[Any]) -> None: ...
     def samples(self) -> Iterable[Sample]: ...
@@ -130,13 +136,54 @@ def layout_of(pool: PoolConfig) -> MemoryLayout:
     )
 
 
-def open_memory(config: Config, device: torch.device) -> Memory:
-    """Reserves the pool, or with `cache: false` only reads the tables."""
-    from hbm_serving.uncached import HostMemory
-    from hbm_serving.weights import draw_table
+def open_stores(config: Config) -> dict[str, RowStore]:
+    """The whole tables on the host: drawn from the seed, out of the weights file, or row files.
 
-    tables = {
-        t.name: torch.from_numpy(draw_table(config.model, i, config.server.seed))
-        for i, t in enumerate(config.model.tables)
-    }
-    return HostMemory(tables, layout_of(pool_config(config)), device, lambda n: 0.0)
+    Raises `ConfigError`, naming the table, for a file that does not fit.
+    """
+    model, weights = config.model, config.server.weights
+    stores: dict[str, RowStore] = {}
+    for index, table in enumerate(model.tables):
+        row_bytes = table.width * DTYPES[table.dtype].itemsize
+        store: RowStore
+        if table.file is not None:
+            try:
+                store = FileRowStore(table.file)
+            except RowStoreError as error:
+                raise ConfigError(f"model.tables[{index}].file: {error}") from error
+            if (store.rows, store.row_bytes) != (table.rows, row_bytes):
+                raise ConfigError(
+                    f"model.tables[{index}].file: {table.file} holds {store.rows} rows of "
+                    f"{store.row_bytes} bytes; table {table.name} has {table.rows} of {row_bytes}"
+                )
+        else:
+            rows = None if weights is None else load_table(model, index, weights)
+            if rows is None:
+                drawn = torch.from_numpy(draw_table(model, index, config.server.seed))
+                rows = drawn.to(DTYPES[table.dtype])
+            store = RamRowStore(rows.contiguous().view(torch.uint8).numpy(), table.name)
+        stores[table.name] = store
+    return stores
+
+
+def open_memory(config: Config, device: torch.device) -> Memory:
+    """Reserves the pool, or with `cache: false` only opens the tables.
+
+    Raises `ConfigError`, and `hbm_pool.ArenaMemoryError` when the device has not enough memory.
+    """
+    pool = pool_config(config)
+    stores = open_stores(config)
+    if not config.server.cache:
+        from hbm_serving.uncached import HostMemory
+
+        link = LinkModel(config.pool.link_bytes_per_s)
+        return HostMemory(config.model, stores, layout_of(pool), device, link)
+    from hbm_serving.pooled import PooledMemory
+
+    return PooledMemory(pool, stores, layout_of(pool), device)
+
+
+def as_row_bytes(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.uint8]:
+    """Float rows as a store holds them, `[n, width] float32` -> `[n, row_bytes] uint8`."""
+    rows = torch.from_numpy(values).to(DTYPES[dtype]).contiguous()
+    return rows.view(torch.uint8).numpy()

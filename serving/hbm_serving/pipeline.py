@@ -6,6 +6,7 @@ gathered. With `pipelined=False` one thread runs both stages in turn, for compar
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections import deque
@@ -67,6 +68,9 @@ class Pipeline(Generic[Work]):
         )
         self._between: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._stop = threading.Event()
+        self._ended = threading.Event()
+        self.expired = 0
+        """Requests refused because their deadline passed in the queue."""
         self._counting = threading.Lock()
         self._in_flight = 0
         self._threads = [threading.Thread(target=self._gather_loop, name="hbm-gather")]
@@ -86,10 +90,9 @@ class Pipeline(Generic[Work]):
     def between_batches(self, action: Callable[[], Any]) -> Future[Any]:
         """Runs `action` on the gather thread while no batch is in flight."""
         future: Future[Any] = Future()
-        if self._stop.is_set():
-            future.set_exception(Refused("draining", "the server is shutting down", 1.0))
-            return future
         self._between.append((action, future))
+        if self._ended.is_set():
+            self._refuse_between()
         return future
 
     def close(self) -> None:
@@ -112,6 +115,7 @@ class Pipeline(Generic[Work]):
                 self._limits.batch_wait_ms / 1e3,
                 IDLE_S,
             )
+            self.expired += len(expired)
             for ticket in expired:
                 ticket.finish(
                     Refused("deadline", "the request waited longer than its deadline", 1.0)
@@ -136,9 +140,14 @@ class Pipeline(Generic[Work]):
             else:
                 self._compute(work, slot, tickets)
         self._gathered.put(None)
-        while self._between:
-            _, future = self._between.popleft()
-            future.set_exception(Refused("draining", "the server is shutting down", 1.0))
+        self._ended.set()
+        self._refuse_between()
+
+    def _refuse_between(self) -> None:
+        with contextlib.suppress(IndexError):  # the caller and the ending thread may both be here
+            while True:
+                _, future = self._between.popleft()
+                future.set_exception(Refused("draining", "the server is shutting down", 1.0))
 
     def _free_slot(self) -> int:
         while True:

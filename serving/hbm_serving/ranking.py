@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +16,10 @@ from hbm_pool.contracts.records import CostModel
 from hbm_serving.batching import RankResult, Ticket
 from hbm_serving.config import Config
 from hbm_serving.costs import ComputeTiming, CostEstimator
-from hbm_serving.features import Batch, table_ids
+from hbm_serving.features import Batch, RankRequest, table_ids
 from hbm_serving.memory import Hold, Memory, RowCount
 from hbm_serving.model import HSTU, PagedHistory
-from hbm_serving.telemetry import Counters, ServedRequest
+from hbm_serving.telemetry import Counters, ServedRequest, top_shards
 from hbm_serving.weights import DTYPES
 
 _log = structlog.get_logger("hbm_serving")
@@ -174,6 +174,7 @@ class RankStages:
         started_s = time.perf_counter()
         if work.gathered is not None:
             torch.cuda.current_stream(self._device).wait_event(work.gathered)
+            self.memory.order_pages([hold for hold in work.holds if hold is not None])
         scores = work.model.score(work.batch, work.rows, self._pages(work)).numpy()
         if not np.isfinite(scores).all():
             raise FloatingPointError("scores hold NaN or infinite values")
@@ -210,6 +211,12 @@ class RankStages:
         for ticket in work.tickets:
             ticket.finish(error)
 
+    def _top_shards(self, request: RankRequest) -> tuple[int, ...]:
+        limits = self.config.server
+        if not (limits.top_shards and request.user):
+            return ()
+        return top_shards(self.config.model, request.items, limits.emb_shards, limits.top_shards)
+
     def _finish(
         self, work: Work, scores: npt.NDArray[np.float32], compute_ms: float, now_s: float
     ) -> None:
@@ -236,6 +243,7 @@ class RankStages:
                     service_ms=both_ms,
                     alpha=work.alpha,
                     kv_row_lag_s=hold.row_lag_s if hold is not None and span.cached else 0.0,
+                    top_shards=self._top_shards(ticket.request),
                 )
             )
             counters.latency.add(latency_ms)
@@ -265,9 +273,3 @@ class RankStages:
                 for ticket, pages in zip(work.tickets, work.fingerprints, strict=True)
             ]
         )
-
-
-def class_of_tables(kinds: Sequence[tuple[int, str]]) -> list[int]:
-    """Width class of every table: equal (width, dtype) share one, in order of appearance."""
-    order = list(dict.fromkeys(kinds))
-    return [order.index(kind) for kind in kinds]

@@ -21,7 +21,7 @@ from hbm_pool.contracts.control_block import (
     SidecarView,
 )
 from hbm_pool.contracts.history import table_rows
-from hbm_pool.contracts.identity import row_keys, sampled
+from hbm_pool.contracts.identity import mix64_array, row_keys, sampled
 from hbm_pool.contracts.records import (
     COMMAND,
     RequestSample,
@@ -82,9 +82,8 @@ class Counters:
         self.request_ms = 0.0
         """Moving average of service per request (a batch's time by its requests)."""
         self.latency = LatencyWindow()
-        # Event loop and gather thread.
+        # Event loop; the pipeline counts what its queue expired.
         self.overloads = 0
-        self.expired = 0
         # Gather thread.
         self.commands = 0
         self.commands_ignored = 0
@@ -104,15 +103,7 @@ def request_sample(served: ServedRequest, model: ModelConfig, rate: float) -> Re
     """
     request = served.request
     tables = len(model.tables)
-
-    def keys(items: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-        columns = [
-            row_keys(index, table_rows(items, index, table.rows, hashed=index > 0))
-            for index, table in enumerate(model.tables)
-        ]
-        return np.stack(columns, axis=1).reshape(-1)  # in order of position
-
-    history, candidates = keys(request.items), keys(request.candidates)
+    history, candidates = item_keys(model, request.items), item_keys(model, request.candidates)
     chosen = np.flatnonzero(sampled(history, rate))
     return RequestSample(
         user=request.user,
@@ -125,6 +116,28 @@ def request_sample(served: ServedRequest, model: ModelConfig, rate: float) -> Re
         history_positions=(chosen // tables).astype(np.uint32),
         candidate_keys=candidates[sampled(candidates, rate)],
     )
+
+
+def item_keys(model: ModelConfig, items: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """Row keys that items look up, `[n] int64` -> `[n * tables] uint64`, item by item."""
+    columns = [
+        row_keys(index, table_rows(items, index, table.rows, hashed=index > 0))
+        for index, table in enumerate(model.tables)
+    ]
+    return np.stack(columns, axis=1).reshape(-1)
+
+
+def top_shards(
+    model: ModelConfig, items: npt.NDArray[np.int64], shards: int, most: int
+) -> tuple[int, ...]:
+    """The shards that hold most of a history's rows, most first, at most `most`.
+
+    The shard of a row is `mix64(key) % shards`, as in `EmbeddingCache.shard_rows`.
+    """
+    place = mix64_array(item_keys(model, items)) % np.uint64(shards)
+    counts = np.bincount(place.astype(np.int64), minlength=shards)
+    order = np.argsort(-counts, kind="stable")[:most]
+    return tuple(int(shard) for shard in order if counts[shard])
 
 
 class Command(NamedTuple):

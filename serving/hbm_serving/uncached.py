@@ -8,31 +8,37 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from hbm_pool.host.link import LinkModel
+from hbm_pool.host.row_store import RowStore
 
+from hbm_serving.config import ModelConfig
 from hbm_serving.features import Ints
-from hbm_serving.memory import Hold, MemoryLayout, RowCount
+from hbm_serving.memory import Hold, MemoryLayout, RowCount, as_row_bytes
 from hbm_serving.metrics import Sample
+from hbm_serving.weights import DTYPES
 
 
 class HostMemory:
-    """Implements `memory.Memory` without a pool. `copied(bytes)` waits as the link would."""
+    """Implements `memory.Memory` without a pool: every row travels over the link, every time."""
 
     def __init__(
         self,
-        tables: Mapping[str, torch.Tensor],
+        model: ModelConfig,
+        stores: Mapping[str, RowStore],
         layout: MemoryLayout,
         device: torch.device,
-        copied: Callable[[int], float],
+        link: LinkModel,
     ) -> None:
         self.device = device
         self.layout = layout
         self.layer_pages: Sequence[torch.Tensor] | None = None
         self.model_version = 0
-        self._tables = dict(tables)
-        self._copied = copied
+        self._tables = model.tables
+        self._stores = dict(stores)
+        self._link = link
         self._row_epoch = 0
         self._accesses = 0
-        self._bytes = 0
+        self._misses = 0
 
     @property
     def alpha(self) -> float:
@@ -57,33 +63,39 @@ class HostMemory:
         """There are no pages."""
 
     def gather(self, ids: Mapping[str, torch.Tensor], out: Mapping[str, torch.Tensor]) -> RowCount:
-        """Every access is a miss, but a row that a batch asks for twice is copied once."""
+        """Every row is a miss; a row that a batch asks for twice is copied once."""
         accesses = misses = copied_bytes = 0
         by_class = [0] * len(self.layout.classes)
-        for index, (name, table) in enumerate(self._tables.items()):
-            if name not in ids:
+        for index, table in enumerate(self._tables):
+            if table.name not in ids:
                 continue
-            unique, inverse = torch.unique(ids[name], return_inverse=True)
-            fetched = table.index_select(0, unique).to(self.device, non_blocking=True)
-            torch.index_select(fetched, 0, inverse.to(self.device), out=out[name])
+            unique, inverse = torch.unique(ids[table.name], return_inverse=True)
+            rows = torch.empty(len(unique), table.width, dtype=DTYPES[table.dtype])
+            self._stores[table.name].read(unique.numpy(), rows.view(torch.uint8).numpy())
+            torch.index_select(
+                rows.to(self.device), 0, inverse.to(self.device), out=out[table.name]
+            )
             accesses += len(inverse)
             misses += len(unique)
             by_class[self.layout.table_class[index]] += len(unique)
-            copied_bytes += fetched.nbytes
-        self._copied(copied_bytes)
+            copied_bytes += rows.nbytes
+        self._link.foreground(copied_bytes)
         self._accesses += accesses
-        self._bytes += copied_bytes
+        self._misses += misses
         return RowCount(accesses, misses, tuple(by_class))
 
     def set_target_alpha(self, alpha: float, *, drop_only: bool) -> None:
         """There is no α."""
 
+    def set_row_prices(self, row_ms: Sequence[float]) -> None:
+        """There is nothing to divide."""
+
     def set_refill_rate(self, bytes_per_s: float) -> None:
         """There is nothing to refill."""
 
     def push_rows(self, table: str, ids: Ints, values: npt.NDArray[np.float32]) -> int:
-        rows = self._tables[table]
-        rows[torch.from_numpy(ids)] = torch.from_numpy(values).to(rows.dtype)
+        (spec,) = (spec for spec in self._tables if spec.name == table)
+        self._stores[table].write(ids, as_row_bytes(values, spec.dtype))
         self._row_epoch += 1
         return self._row_epoch
 
@@ -93,21 +105,26 @@ class HostMemory:
     def on_kv_event(self, callback: Callable[[int, int], None]) -> None:
         """No KV, no events."""
 
-    def shard_rows(self) -> npt.NDArray[np.uint32]:
+    def shard_rows(self, shards: int) -> npt.NDArray[np.uint32]:
         return np.zeros(0, dtype=np.uint32)
 
     def check_integrity(self) -> list[str]:
         return []
 
     def fill(self, record: npt.NDArray[Any]) -> None:
-        record["emb_accesses"] = record["emb_misses"] = self._accesses
-        record["foreground_bytes"] = self._bytes
+        record["emb_accesses"] = self._accesses
+        record["emb_misses"] = self._misses
+        record["foreground_bytes"] = self._link.counters().foreground_bytes
         record["row_epoch"] = self._row_epoch
 
     def samples(self) -> Iterable[Sample]:
         yield Sample(
-            "hbm_pool_foreground_bytes", "Bytes copied for requests.", "counter", self._bytes
+            "hbm_pool_foreground_bytes",
+            "Bytes of rows copied to the device for requests.",
+            "counter",
+            self._link.counters().foreground_bytes,
         )
 
     def close(self) -> None:
-        self._tables.clear()
+        for store in self._stores.values():
+            store.close()

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import structlog
+from hbm_pool.contracts.control_block import ServerView, SidecarBlock
+from hbm_pool.contracts.records import COMMAND, TELEMETRY
+from hbm_serving.cli import app
+from typer.testing import CliRunner
 
 BODY = {"history": {"items": [1, 2], "timestamps": [1, 2]}, "candidates": [3]}
 
@@ -65,8 +71,17 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
 
 
 def refused(*flags: str) -> str:
+    """The one line with which `hbm serve` refuses to start."""
+    done = CliRunner().invoke(app, list(flags))
+    structlog.reset_defaults()  # the runner's standard error is gone
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_wrong_configuration_ends_the_process_with_2() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "hbm_cli.main", "serve", *flags],
+        [sys.executable, "-m", "hbm_cli.main", "serve", "--config", "tiny", "--alpha", "2"],
         capture_output=True,
         text=True,
         timeout=60,
@@ -74,7 +89,8 @@ def refused(*flags: str) -> str:
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    return done.stderr
+    assert done.stderr.startswith("hbm serve: tiny: pool.alpha")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -137,3 +153,80 @@ def test_admin_endpoints_are_not_on_the_public_port(serve: Callable[..., Served]
     served = serve()
     assert httpx.post(f"{served.url}/v1/admin/rows", json={}).status_code == 404
     assert httpx.get(f"{served.admin_url}/v1/admin/integrity").json() == {"violations": []}
+
+
+def write_command(block: SidecarBlock, view: ServerView, alpha: float, generation: int) -> None:
+    record = np.zeros((), dtype=COMMAND)
+    record["boot_epoch"], record["generation"] = view.boot_epoch, generation
+    record["alpha"], record["refill_bytes_per_s"] = alpha, 1e6
+    block.write_command(record)
+
+
+def telemetry(view: ServerView) -> Any:
+    record = np.zeros((), dtype=TELEMETRY)
+    view.refresh()
+    assert view.read_telemetry(record)
+    return record
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    pause = threading.Event()
+    for _ in range(int(seconds / 0.01)):
+        if condition():
+            return
+        pause.wait(0.01)
+    raise AssertionError("the condition did not come true")
+
+
+def test_control_block_through_kills_on_both_sides(
+    serve: Callable[..., Served], tmp_path: Path
+) -> None:
+    """α follows commands; it stays without a sidecar; a killed server starts a new epoch."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    first = serve("--run-dir", str(run_dir))
+    view = ServerView.open(run_dir)
+    assert view.info.model == "hbm-tiny"
+    epoch = view.boot_epoch
+    block = SidecarBlock.create(run_dir)
+
+    # An idle server takes a command over.
+    write_command(block, view, 0.6, 1)
+    wait_until(lambda: int(telemetry(view)["command_generation"]) == 1)
+    wait_until(lambda: abs(float(telemetry(view)["alpha"]) - 0.6) < 0.02)
+
+    # The sidecar is gone, with its file: α stays, requests are served.
+    (run_dir / "sidecar.cb").unlink()
+    for _ in range(3):
+        answer = httpx.post(f"{first.url}/v1/rank", json=BODY, headers={"X-User-ID": "u"})
+        assert answer.status_code == 200
+        assert float(answer.headers["x-hbm-alpha"]) == pytest.approx(0.6, abs=0.02)
+    wait_until(lambda: int(telemetry(view)["requests"]) == 3)
+    samples, lost = view.read_requests(10)
+    assert len(samples) + lost == 3
+
+    # The server is killed: its file stays, and ages.
+    first.process.kill()
+    first.process.wait(30)
+    age_s = view.telemetry_age_s()
+    wait_until(lambda: view.telemetry_age_s() > age_s)
+    block = SidecarBlock.create(run_dir)
+    write_command(block, view, 0.3, 7)
+
+    # Its successor has a new epoch and ignores what was meant for the dead one.
+    second = serve("--run-dir", str(run_dir))
+    wait_until(view.refresh)
+    assert view.boot_epoch != epoch
+    assert httpx.post(f"{second.url}/v1/rank", json=BODY).status_code == 200
+    assert float(telemetry(view)["alpha"]) == pytest.approx(0.4, abs=0.02)
+    write_command(block, view, 0.3, 1)
+    wait_until(lambda: int(telemetry(view)["command_generation"]) == 1)
+    wait_until(lambda: abs(float(telemetry(view)["alpha"]) - 0.3) < 0.02)
+
+
+def test_an_unusable_run_dir_is_logged_and_survived(
+    serve: Callable[..., Served], tmp_path: Path
+) -> None:
+    served = serve("--run-dir", str(tmp_path / "absent"))
+    assert httpx.post(f"{served.url}/v1/rank", json=BODY).status_code == 200
+    assert "serving without control block" in served.said()
