@@ -165,11 +165,11 @@ def encode_digest(
             )
     keys = users.astype(np.int64).view(np.uint64) & np.uint64(DIGEST_KEY_MASK)
     counts = tokens.astype(np.uint64)
-    order = np.lexsort((counts, keys))
+    order = np.argsort(keys)
     keys, counts = keys[order], counts[order]
     if len(keys):
-        last = np.append(keys[1:] != keys[:-1], True)  # of equal keys the one with most tokens
-        keys, counts = keys[last], counts[last]
+        first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
+        keys, counts = keys[first], np.maximum.reduceat(counts, first)
     gaps = keys.copy()
     gaps[1:] -= keys[:-1] + np.uint64(1)
     in_pages = not np.any(counts % np.uint64(page_tokens))

@@ -16,15 +16,18 @@ def encode_varints(values: npt.NDArray[np.uint64]) -> bytes:
     if not len(values):
         return b""
     width = max(1, -(-int(values.max()).bit_length() // 7))
-    shifts = np.arange(width, dtype=np.uint64) * np.uint64(7)
-    groups = (values[:, None] >> shifts) & _PAYLOAD
     lengths = np.ones(len(values), dtype=np.intp)
     for index in range(1, width):
-        lengths += (values >> shifts[index]) != 0
-    places = np.arange(width)
-    raw = groups.astype(np.uint8)
-    raw[places < lengths[:, None] - 1] |= _MORE
-    return raw[places < lengths[:, None]].tobytes()
+        lengths += (values >> np.uint64(7 * index)) != 0
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    raw = np.empty(int(ends[-1]), dtype=np.uint8)
+    for index in range(width):
+        longer = np.flatnonzero(lengths > index)
+        group = (values[longer] >> np.uint64(7 * index)) & _PAYLOAD
+        raw[starts[longer] + index] = group.astype(np.uint8) | _MORE
+    raw[ends - 1] &= np.uint8(0x7F)
+    return raw.tobytes()
 
 
 def decode_varints(raw: bytes, count: int, max_bits: int) -> npt.NDArray[np.uint64] | None:
