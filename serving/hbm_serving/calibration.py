@@ -23,6 +23,7 @@ from hbm_serving.weights import DTYPES
 
 _log = structlog.get_logger("hbm_serving")
 _REPEATS = 3
+_ROUNDS = 6
 _COMPUTE_SHARE = 0.6
 """Of the time allowed; the rest measures rows."""
 
@@ -109,7 +110,7 @@ def _row_costs(config: Config, memory: Memory, until_s: float) -> tuple[list[flo
     classes = memory.layout.classes
     base_ms = math.inf
     prices: list[list[float]] = [[] for _ in classes]
-    for round_number in range(_REPEATS):
+    for round_number in range(_ROUNDS):
         for index, kind in enumerate(classes):
             if round_number and time.perf_counter() > until_s:
                 break
@@ -130,8 +131,8 @@ def _row_costs(config: Config, memory: Memory, until_s: float) -> tuple[list[flo
                 prices[index].append((missed_ms - hit_ms) / (misses - again))
             elif misses:  # nothing is ever cached here
                 prices[index].append(missed_ms / misses)
-    fallback = [value for values in prices for value in values]
-    row_ms = [max(1e-6, float(np.median(values or fallback or [0.0]))) for values in prices]
+    fallback = [value for values in prices for value in values] or [0.0]
+    row_ms = [max(1e-6, min(values or fallback)) for values in prices]
     return row_ms, base_ms if math.isfinite(base_ms) else 0.0
 
 
