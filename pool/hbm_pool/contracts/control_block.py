@@ -144,13 +144,18 @@ class ServerBlock:
             return
         self._epoch[0] = self.boot_epoch
         self._residency_sequence[0] = self._residency.sequence
-        self._requests_lost[0] = self._requests.too_large
+        self._requests_lost[0] = self._requests.lost
         self._stamp[0] = time.monotonic_ns()
         self._telemetry.write()
 
     def push_request(self, sample: RequestSample) -> bool:
         """Appends a request sample; False when it is too large (it is counted as lost)."""
         return not self._closed and self._requests.push(sample)
+
+    def lose_requests(self, count: int) -> None:
+        """Counts samples as lost that the server dropped before it could push them."""
+        if count and not self._closed:
+            self._requests.lose(count)
 
     def push_user_cached(self, user: int, tokens: int) -> int:
         """Says that the user has `tokens` (> 0) tokens resident now; the event's sequence."""
@@ -162,7 +167,7 @@ class ServerBlock:
 
     def write_snapshot(self, snapshot: ResidencySnapshot, step: int = 4096) -> Iterator[None]:
         """Writes a snapshot `step` elements per iteration; it counts once that is exhausted."""
-        return self._snapshot.write(snapshot, step)
+        return iter(()) if self._closed else self._snapshot.write(snapshot, step)
 
     def close(self) -> None:
         """Stops writing. The file stays: readers keep the last values and see them age."""
@@ -268,6 +273,7 @@ class SidecarBlock:
     """The sidecar's own file: created by the supervisor, opened by its children."""
 
     def __init__(self, file: MappedFile) -> None:
+        self._file = file
         self.boot_epoch = file.boot_epoch
         self._command = _StampedWriter(file.region("command"), COMMAND)
         self._decisions = decision_log.DecisionLogWriter(file.region("decisions"))
@@ -291,6 +297,10 @@ class SidecarBlock:
     def open(cls, directory: Path) -> SidecarBlock:
         """Opens the file for writing. Each process writes its own regions only."""
         return cls(MappedFile.open(Path(directory), SIDECAR_LAYOUT, writable=True))
+
+    def replaced(self) -> bool:
+        """Whether another file lies in its place: then nobody reads this one, open it anew."""
+        return self._file.replaced()
 
     def write_command(self, record: npt.NDArray[Any]) -> None:
         """Publishes a COMMAND, stamped with the monotonic clock. decide only."""

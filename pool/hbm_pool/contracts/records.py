@@ -107,7 +107,7 @@ TELEMETRY: Final = np.dtype(
         ("model_version", "<u8"),
         ("row_epoch", "<u8"),
         ("residency_sequence", "<u8"),  # of the newest residency event
-        ("requests_lost", "<u8"),  # samples too large for the ring
+        ("requests_lost", "<u8"),  # samples that never came into the ring: too large, or dropped
     ],
     align=True,
 )

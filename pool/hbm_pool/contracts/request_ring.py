@@ -152,8 +152,8 @@ class RequestRingWriter(_Ring):
         self._next_sequence_word = self._cursor.word("next_sequence")
         self.head = 0
         self.next_sequence = 0
-        self.too_large = 0
-        """Samples that were not stored for their size."""
+        self.lost = 0
+        """Samples that were not stored: too large, or dropped before."""
 
     def push(self, sample: RequestSample) -> bool:
         """Appends a sample; False when it is too large, which counts as lost."""
@@ -162,13 +162,22 @@ class RequestRingWriter(_Ring):
         stored = size <= self._ring_bytes // MAX_RECORD_SHARE
         if stored:
             self._append(payload, -(-size // _ALIGN) * _ALIGN)
-        else:
-            self.too_large += 1
-        self.next_sequence += 1
+        self._advance(1, stored)
+        return stored
+
+    def lose(self, count: int) -> None:
+        """Counts samples as lost that were dropped before they came here."""
+        if count < 0:
+            raise ControlBlockError(f"{count} samples cannot be lost")
+        self._advance(count, False)
+
+    def _advance(self, count: int, stored: bool) -> None:
+        if not stored:
+            self.lost += count
+        self.next_sequence += count
         self._head_word[0] = self.head
         self._next_sequence_word[0] = self.next_sequence
         self._cursor.write()
-        return stored
 
     def _append(self, payload: bytes, total: int) -> None:
         position = self.head

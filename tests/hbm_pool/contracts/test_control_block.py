@@ -93,15 +93,16 @@ def test_what_the_server_says_is_read(
     block.push_user_cached(7, 640)
     block.push_request(make_sample(1))
     block.push_request(make_sample(2, 200_000))  # too large
+    block.lose_requests(2)
     block.publish_telemetry()
     assert view.read_telemetry(into)
     assert before <= into["monotonic_ns"] <= time.monotonic_ns()
     assert 0 <= view.telemetry_age_s() <= (time.monotonic_ns() - before) / 1e9
     assert into["alpha"] == 0.375
     assert into["class_misses"].tolist() == [1, 2, 3, 4]
-    assert [into[name] for name in STAMPED[1:]] == [block.boot_epoch, 1, 1]
+    assert [into[name] for name in STAMPED[1:]] == [block.boot_epoch, 1, 3]
     samples, lost = view.read_requests(10)
-    assert lost == 1
+    assert lost == 3
     assert same_sample(samples[0], make_sample(1))
     assert view.read_residency() == ([UserCached(1, 7, 640)], False)
     assert view.read_snapshot() is None
@@ -137,12 +138,16 @@ def test_after_close_nothing_is_written(run_dir: Path, info: ServerInfo, make_sa
     block.close()
     _publish(block, 6)
     assert not block.push_request(make_sample(1))
+    block.lose_requests(3)
+    empty = np.zeros(0, np.uint32)
+    assert list(block.write_snapshot(ResidencySnapshot(0, 1, empty, empty, empty))) == []
     assert (block.push_user_cached(2, 64), block.push_user_evicted(1)) == (1, 1)
     view, into = ServerView.open(run_dir), _telemetry()
     assert view.read_telemetry(into)
     assert _number(into) == 5
     assert view.read_requests(9) == ([], 0)
     assert view.read_residency() == ([UserCached(1, 1, 64)], False)
+    assert view.read_snapshot() is None
 
 
 def test_independent_readers_lose_nothing_to_each_other(
@@ -340,7 +345,10 @@ def test_the_sidecar_replaces_a_file_it_cannot_use(run_dir: Path, damage: str) -
             file.write(header if damage == "version" else bytes(100))
     with pytest.raises(ControlBlockMismatch):
         SidecarBlock.open(run_dir)
-    SidecarBlock.create(run_dir)
+    assert not block.replaced()
+    successor = SidecarBlock.create(run_dir)
+    assert block.replaced()
+    assert not successor.replaced()
     assert view.refresh()
     assert not view.refresh()
     into = np.zeros((), COMMAND)

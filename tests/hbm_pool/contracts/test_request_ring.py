@@ -89,13 +89,29 @@ def test_too_large_a_sample_is_counted_as_lost(make_sample: MakeSample) -> None:
     writer = RequestRingWriter(region)
     reader = RequestRingReader(region, from_start=False)
     assert not writer.push(make_sample(0, TOO_LARGE))
-    assert writer.too_large == 1
+    assert writer.lost == 1
     assert reader.read(10) == ([], 1)
     assert writer.push(make_sample(1))
     assert not writer.push(make_sample(2, TOO_LARGE))
     assert writer.push(make_sample(3))
     samples, lost = reader.read(10)
     assert ([_number(sample) for sample in samples], lost) == ([1, 3], 1)
+
+
+def test_samples_dropped_before_the_ring_are_counted_as_lost(make_sample: MakeSample) -> None:
+    region = _region()
+    writer = RequestRingWriter(region)
+    reader = RequestRingReader(region, from_start=False)
+    writer.push(make_sample(0))
+    writer.lose(5)
+    samples, lost = reader.read(10)
+    assert (len(samples), lost, writer.lost) == (1, 5, 5)
+    writer.lose(2)
+    writer.push(make_sample(8))
+    samples, lost = reader.read(10)
+    assert ([_number(sample) for sample in samples], lost) == ([8], 2)
+    with pytest.raises(ControlBlockError, match="-1 samples"):
+        writer.lose(-1)
 
 
 def test_an_overrun_reader_goes_on_in_the_ring_and_counts(make_sample: MakeSample) -> None:
