@@ -49,7 +49,10 @@ class ClassExtents:
 
     def grow(self, extents: Extents) -> None:
         """Divides new extents by marginal miss cost."""
-        self._give(self._demands(), extents)
+        if len(self._classes) == 1:
+            self._classes[0].index.grow(extents)
+        else:
+            self._give(self._demands(), extents)
 
     def plan_shrink(self, n: int) -> int:
         """Chooses `n` more extents to be emptied; those on their way to another class first."""
@@ -116,6 +119,10 @@ class ClassExtents:
     def drop(self, n: int) -> Extents:
         """Gives up `n` extents at once: those being emptied, then by least marginal miss cost."""
         _check_count(n)
+        if len(self._classes) == 1:
+            released = self._classes[0].index.drop(n)
+            self._owed = max(0, self._owed - released.size)
+            return released
         first = []
         left = n
         for kind in self._classes:
@@ -158,11 +165,13 @@ class ClassExtents:
         return [kind.demand() for kind in self._classes]
 
     def _give(self, demands: Sequence[ClassDemand], extents: Extents) -> None:
-        shares = class_shares.growth(demands, extents.size)
-        parts = np.split(extents, np.cumsum(shares)[:-1])
-        for kind, part in zip(self._classes, parts, strict=True):
-            if part.size:
-                kind.index.grow(part)
+        start = 0
+        for kind, share in zip(
+            self._classes, class_shares.growth(demands, extents.size), strict=True
+        ):
+            if share:
+                kind.index.grow(extents[start : start + share])
+                start += share
 
 
 def _check_count(n: int) -> None:

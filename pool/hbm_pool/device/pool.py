@@ -89,8 +89,6 @@ class Pool:
         self.refiller = Refiller(self.emb, config.refill_bytes_per_s)
         if background:
             self.refiller.start()
-        self._emb_extents_seen = self.ledger.count(Owner.EMB)
-        self._moves_seen = 0
         self._accesses_at_move = 0
         self._next_upkeep_s = clock_s() + UPKEEP_S
 
@@ -122,21 +120,11 @@ class Pool:
     def begin_batch(self) -> None:
         """Batch boundary: frees what work has left, takes a target α over, does one slice of a
         move (about `slice_budget_us`). Never waits for another thread's slice."""
-        self._split.step()
-        emb_extents = self.ledger.count(Owner.EMB)
-        if emb_extents > self._emb_extents_seen:
-            self.refiller.wake()
-        self._emb_extents_seen = emb_extents
-        if self._split.moves != self._moves_seen:
-            self._moves_seen = self._split.moves
-            self._accesses_at_move = self.emb.counters().accesses
-        now_s = self._clock_s()
-        if now_s >= self._next_upkeep_s:
-            self._next_upkeep_s = now_s + UPKEEP_S
-            with self._lock:
-                self.kv.index.void_lagging()
-            if not self._split.moving:
-                self.emb.rebalance(self.config.slice_budget_us)
+        if not self._split.step():
+            self._upkeep()
+            return
+        if not self._split.moving:
+            self._accesses_at_move = self._emb_accesses()
 
     def idle(self) -> None:
         """`begin_batch` for a server without requests; call it at least every 10 ms."""
@@ -234,6 +222,18 @@ class Pool:
                 reclaimed_extents=split.reclaimed_extents,
                 accesses_per_slot_since_move=self._dwell(emb),
             )
+
+    def _upkeep(self) -> None:
+        now_s = self._clock_s()
+        if now_s < self._next_upkeep_s:
+            return
+        self._next_upkeep_s = now_s + UPKEEP_S
+        with self._lock:
+            self.kv.index.void_lagging()
+        self.emb.rebalance(self.config.slice_budget_us)
+
+    def _emb_accesses(self) -> int:
+        return sum(kind.accesses for kind in self.emb.classes)
 
     def _dwell(self, emb: EmbeddingCounters) -> float:
         slots = sum(

@@ -218,14 +218,15 @@ class TzCache:
         wanted = np.ascontiguousarray(extents, np.int32)
         if wanted.size == 0:
             return
-        if wanted.min() < 0 or wanted.max() >= self.max_extents:
+        # Negative ids are huge when read as unsigned: one pass finds both.
+        if wanted.view(np.uint32).max() >= self.max_extents:
             raise ValueError(
                 f"extents {int(wanted.min())}..{int(wanted.max())} are not all in "
                 f"0..{self.max_extents - 1}"
             )
-        held = wanted[self.tz.zone[wanted] != kernel.NOWHERE]
-        if held.size:
-            raise ValueError(f"extent {int(held[0])} is held already")
+        zones = self.tz.zone.take(wanted)
+        if zones.any():  # NOWHERE is 0
+            raise ValueError(f"extent {int(wanted[np.flatnonzero(zones)[0]])} is held already")
         grow(self.tz, wanted)
 
     def plan_shrink(self, count: int) -> int:

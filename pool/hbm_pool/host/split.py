@@ -138,12 +138,15 @@ class Split:
         with self.lock:
             self._requested = (wanted, drop_only)
 
-    def step(self) -> None:
-        """One batch boundary: frees what work has left, takes a target over, does one slice."""
+    def step(self) -> bool:
+        """One batch boundary: frees what work has left, takes a target over, does one slice.
+
+        True when it did a slice, also when that was the last one.
+        """
         if not self.moving_lock.acquire(blocking=False):
-            return
+            return False
         try:
-            self._step()
+            return self._step()
         finally:
             self.moving_lock.release()
 
@@ -196,13 +199,13 @@ class Split:
 
     # -- inside; moving_lock is held -------------------------------------------------------------
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
         with self.lock:
             self.ledger.reap()
             self._take_over()
             self.kv.limit = self.ledger.num_extents - self._target
             if not self._under_way:
-                return
+                return False
             missing = self._target - self.ledger.count(Owner.EMB)
             drop_only = self._drop_only
         if missing < 0:
@@ -216,6 +219,7 @@ class Split:
                 self._under_way = False
                 self._drop_only = False
                 self.moves += 1
+        return True
 
     def _take_over(self) -> None:
         if self._requested is None:
