@@ -220,44 +220,71 @@ class RankStages:
     def _finish(
         self, work: Work, scores: npt.NDArray[np.float32], compute_ms: float, now_s: float
     ) -> None:
-        counters, batch, count = self.counters, work.batch, work.found
-        tables = len(self.config.model.tables)
-        miss_share = count.misses / max(1, count.accesses)
         both_ms = work.gather_ms + compute_ms
-        for index, span in zip(batch.order, batch.spans, strict=True):
-            ticket, hold = work.tickets[index], work.holds[index]
+        results: list[tuple[Ticket, RankResult, float]] = []
+        for place, index in enumerate(work.batch.order):
+            ticket = work.tickets[index]
             latency_ms = (now_s - ticket.arrived_s) * 1e3
-            queue_ms = max(0.0, latency_ms - both_ms)
-            looked_up = (span.new + span.candidates) * tables
-            first = span.candidates_at
-            ticket.finish(
-                RankResult(
-                    scores=scores[first : first + span.candidates],
-                    model_version=work.model_version,
-                    history_tokens=span.tokens,
-                    kv_reused_tokens=span.cached,
-                    rows_looked_up=looked_up,
-                    # Misses are counted per batch; a request gets its share by lookups.
-                    rows_missed=round(miss_share * looked_up),
-                    queue_ms=queue_ms,
-                    service_ms=both_ms,
-                    alpha=work.alpha,
-                    kv_row_lag_s=hold.row_lag_s if hold is not None and span.cached else 0.0,
-                    top_shards=self._top_shards(ticket.request),
-                )
-            )
-            counters.latency.add(latency_ms)
-            counters.slo_met += latency_ms <= ticket.slo_s * 1e3
-            counters.queue_ms += _MOVING * (queue_ms - counters.queue_ms)
+            result = self._result(work, place, scores, both_ms, latency_ms)
+            results.append((ticket, result, latency_ms))
+        # Counted before anybody is answered: who has an answer finds it in the counters.
+        self._count(work, compute_ms)
+        for ticket, result, latency_ms in results:
+            self.counters.latency.add(latency_ms)
+            self.counters.slo_met += latency_ms <= ticket.slo_s * 1e3
+            self.counters.queue_ms += _MOVING * (result.queue_ms - self.counters.queue_ms)
+        for ticket, result, _ in results:
+            ticket.finish(result)
+        self._on_served(
+            [
+                ServedRequest(ticket.request, pages)
+                for ticket, pages in zip(work.tickets, work.fingerprints, strict=True)
+            ]
+        )
+
+    def _result(
+        self,
+        work: Work,
+        place: int,
+        scores: npt.NDArray[np.float32],
+        service_ms: float,
+        latency_ms: float,
+    ) -> RankResult:
+        """What the request at `place` of the batch is answered."""
+        span = work.batch.spans[place]
+        hold = work.holds[work.batch.order[place]]
+        looked_up = (span.new + span.candidates) * len(self.config.model.tables)
+        first = span.candidates_at
+        return RankResult(
+            scores=scores[first : first + span.candidates],
+            model_version=work.model_version,
+            history_tokens=span.tokens,
+            kv_reused_tokens=span.cached,
+            rows_looked_up=looked_up,
+            # Misses are counted per batch; a request gets its share by lookups.
+            rows_missed=round(work.found.misses / max(1, work.found.accesses) * looked_up),
+            queue_ms=max(0.0, latency_ms - service_ms),
+            service_ms=service_ms,
+            alpha=work.alpha,
+            kv_row_lag_s=hold.row_lag_s if hold is not None and span.cached else 0.0,
+            top_shards=self._top_shards(work.batch.requests[place]),
+        )
+
+    def _count(self, work: Work, compute_ms: float) -> None:
+        counters, batch = self.counters, work.batch
+        requests = len(work.tickets)
+        service_ms = (
+            max(work.gather_ms, compute_ms)
+            if self._cost_model is CostModel.OVERLAP
+            else work.gather_ms + compute_ms
+        )
+        for span, index in zip(batch.spans, batch.order, strict=True):
+            hold = work.holds[index]
             if hold is not None:
                 counters.kv_lookups += 1
                 counters.kv_hits += span.cached > 0
                 counters.uncached_requests += not hold.ready
             counters.kv_tokens_reused += span.cached
-        requests = len(work.tickets)
-        service_ms = (
-            max(work.gather_ms, compute_ms) if self._cost_model is CostModel.OVERLAP else both_ms
-        )
         counters.requests += requests
         counters.slo_total += requests
         counters.batches += 1
@@ -267,9 +294,3 @@ class RankStages:
         counters.compute_ms += compute_ms
         counters.service_ms += service_ms
         counters.request_ms += _MOVING * (service_ms / requests - counters.request_ms)
-        self._on_served(
-            [
-                ServedRequest(ticket.request, pages)
-                for ticket, pages in zip(work.tickets, work.fingerprints, strict=True)
-            ]
-        )

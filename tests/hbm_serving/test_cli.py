@@ -19,6 +19,8 @@ import structlog
 from hbm_pool.contracts.control_block import ServerView, SidecarBlock
 from hbm_pool.contracts.records import COMMAND, TELEMETRY
 from hbm_serving.cli import app
+from hbm_serving.config import load_config
+from hbm_serving.reference import ReferenceScorer
 from typer.testing import CliRunner
 
 BODY = {"history": {"items": [1, 2], "timestamps": [1, 2]}, "candidates": [3]}
@@ -112,47 +114,35 @@ def test_wrong_configuration_exits_2_with_one_line(flags: list[str], said: str) 
     assert line.count("\n") == 1
 
 
-def test_a_taken_port_is_said(serve: Callable[..., Served]) -> None:
-    served = serve()
+def test_one_life_of_a_server(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Seed from the environment, an unusable run directory, a taken port, admin apart, drain."""
+    monkeypatch.setenv("HBM_SEED", "3")
+    served = serve("--run-dir", str(tmp_path / "absent"), "--no-pipeline")
+    monkeypatch.delenv("HBM_SEED")
+    assert set(served.listening) == {"pid", "host", "port", "admin_port"}
+    assert served.listening["pid"] == served.process.pid
+    assert "serving without control block" in served.said()
+
     port = str(served.listening["port"])
     line = refused("--config", "tiny", "--host", "127.0.0.1", "--port", port)
     assert f"cannot listen on 127.0.0.1:{port}" in line
 
+    assert httpx.post(f"{served.url}/v1/admin/rows", json={}).status_code == 404
+    assert httpx.get(f"{served.admin_url}/v1/admin/integrity").json() == {"violations": []}
 
-def test_sigterm_drains_and_exits_0(serve: Callable[..., Served]) -> None:
-    served = serve()
-    assert set(served.listening) == {"pid", "host", "port", "admin_port"}
-    assert served.listening["pid"] == served.process.pid
+    reference = ReferenceScorer.from_config(load_config("tiny", {"server.seed": 3}))
+    expected = reference.score([1, 2], [1, 2], [3])
     with httpx.Client(base_url=served.url, timeout=30) as client:
         for _ in range(5):
-            assert client.post("/v1/rank", json=BODY).status_code == 200
+            answer = client.post("/v1/rank", json=BODY)
+            assert answer.json()["scores"] == pytest.approx(expected.tolist(), abs=1e-5)
         served.process.send_signal(signal.SIGTERM)
         assert served.process.wait(30) == 0
     assert not served.ready_file.exists()
-    said = served.said()
-    assert '"stopped"' in said
-    assert "Traceback" not in said
-
-
-def test_environment_sets_what_flags_do(
-    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HBM_SEED", "3")
-    by_environment = serve()
-    monkeypatch.delenv("HBM_SEED")
-    by_flag, other = serve("--seed", "3"), serve("--seed", "4", "--no-cache", "--no-pipeline")
-    scores: list[Any] = [
-        httpx.post(f"{served.url}/v1/rank", json=BODY).json()["scores"]
-        for served in (by_environment, by_flag, other)
-    ]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
-    assert scores[0] != pytest.approx(scores[2], abs=1e-3)
-
-
-def test_admin_endpoints_are_not_on_the_public_port(serve: Callable[..., Served]) -> None:
-    served = serve()
-    assert httpx.post(f"{served.url}/v1/admin/rows", json={}).status_code == 404
-    assert httpx.get(f"{served.admin_url}/v1/admin/integrity").json() == {"violations": []}
+    assert '"stopped"' in served.said()
+    assert "Traceback" not in served.said()
 
 
 def write_command(block: SidecarBlock, view: ServerView, alpha: float, generation: int) -> None:
@@ -222,11 +212,3 @@ def test_control_block_through_kills_on_both_sides(
     write_command(block, view, 0.3, 1)
     wait_until(lambda: int(telemetry(view)["command_generation"]) == 1)
     wait_until(lambda: abs(float(telemetry(view)["alpha"]) - 0.3) < 0.02)
-
-
-def test_an_unusable_run_dir_is_logged_and_survived(
-    serve: Callable[..., Served], tmp_path: Path
-) -> None:
-    served = serve("--run-dir", str(tmp_path / "absent"))
-    assert httpx.post(f"{served.url}/v1/rank", json=BODY).status_code == 200
-    assert "serving without control block" in served.said()
