@@ -65,6 +65,11 @@ class Node:
         for cache, part in zip(self._rows, parts, strict=True):
             cache.grow(part)
 
+    @property
+    def class_extents(self) -> list[int]:
+        """EMB extents of each width class."""
+        return [cache.num_extents for cache in self._rows]
+
     def serve(self, sample: RequestSample, lists: list[RowList]) -> Served:
         """One request; `lists` are its rows (`RowNumbers.lists`)."""
         cached = self._serve_kv(sample)
