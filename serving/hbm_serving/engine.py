@@ -247,7 +247,7 @@ class Engine:
 
     def _served(self, served: list[ServedRequest]) -> None:
         if self.link is not None:
-            self.link.served.extend(served)
+            self.link.offer(served)
 
     def _fill(self, record: npt.NDArray[np.void]) -> None:
         """One telemetry record: our counters, the costs, and what the memory counts."""

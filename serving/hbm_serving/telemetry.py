@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ from hbm_serving.features import RankRequest
 
 _log = structlog.get_logger("hbm_serving")
 
+_MAX_SERVED = 4096
 _LOOK_S = 0.5
 """How often a missing or replaced sidecar file is looked for."""
 
@@ -165,7 +166,9 @@ class ControlLink:
         self._seen: tuple[int, int] | None = None
         self.events: deque[tuple[int, int]] = deque()
         """(user, tokens) as the KV cache reports them, in its order; 0 tokens: evicted."""
-        self.served: deque[ServedRequest] = deque(maxlen=4096)
+        self._served: deque[ServedRequest] = deque()
+        self._dropped = 0  # by whoever offers
+        self._dropped_said = 0
         self._resident: dict[int, int] = {}
         self._sequence = 0
         self._snapshots_asked = 0
@@ -210,10 +213,20 @@ class ControlLink:
             elif self._resident.pop(user, None) is not None:
                 self._sequence = self._block.push_user_evicted(user)
 
+    def offer(self, served: Sequence[ServedRequest]) -> None:
+        """Requests for the ring, from one thread; dropped (and counted) when too many wait."""
+        if len(self._served) + len(served) > _MAX_SERVED:
+            self._dropped += len(served)
+        else:
+            self._served.extend(served)
+
     def _push_samples(self) -> None:
-        while self.served:
-            sample = request_sample(self.served.popleft(), self._model, self._info.sample_rate)
+        while self._served:
+            sample = request_sample(self._served.popleft(), self._model, self._info.sample_rate)
             self._block.push_request(sample)
+        dropped = self._dropped
+        self._block.lose_requests(dropped - self._dropped_said)
+        self._dropped_said = dropped
 
     # -- commands ----------------------------------------------------------------------------
 
