@@ -22,8 +22,13 @@ from hbm_pool.contracts.records import (
     ServerInfo,
     TableMap,
 )
+from hypothesis import settings
 
 DEADLINE_S = 60.0
+
+# An example may take as long as a busy machine needs.
+settings.register_profile("contracts", deadline=None)
+settings.load_profile("contracts")
 
 
 @pytest.fixture

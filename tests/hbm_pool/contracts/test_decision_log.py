@@ -67,7 +67,7 @@ def test_a_record_of_the_caller_is_copied_and_others_are_refused() -> None:
 
 
 @given(st.integers(0, 5000), st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_damage_drops_decisions_and_makes_up_none(pushed: int, data: st.DataObject) -> None:
     region = _region()
     _push(DecisionLogWriter(region), range(pushed))

@@ -161,7 +161,7 @@ def test_a_kill_at_every_byte_of_an_event_tears_none(before: int) -> None:
         st.tuples(st.integers(0, 10_000), st.integers(0, 300), st.integers(1, 5000)), max_size=5
     )
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_snapshot_is_read_once_and_whole(writes: list[tuple[int, int, int]]) -> None:
     region = _snapshot_region()
     writer, reader = SnapshotWriter(region), SnapshotReader(region)
@@ -208,7 +208,6 @@ def test_an_unfinished_snapshot_is_not_there_and_a_later_one_supersedes_it() -> 
 
 
 @given(st.integers(1, 3), st.data())
-@settings(deadline=None)
 def test_damage_to_a_snapshot_is_no_snapshot(writes: int, data: st.DataObject) -> None:
     region = _snapshot_region()
     writer = SnapshotWriter(region)
@@ -288,4 +287,4 @@ class Follower(RuleBasedStateMachine):
 
 
 TestFollower = Follower.TestCase
-TestFollower.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+TestFollower.settings = settings(max_examples=60, stateful_step_count=20)
