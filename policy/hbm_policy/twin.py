@@ -128,8 +128,6 @@ class Twin:
             -(-info.max_sequence_tokens // (info.page_tokens * info.pages_per_extent)),
         )
         self._class_of_table = _class_of_table(info)
-        tables = np.bincount(self._class_of_table, minlength=MAX_CLASSES)[:MAX_CLASSES]
-        self._table_share = tables / max(int(tables.sum()), 1)
         self._looked_up = np.zeros((len(emb_extents), MAX_CLASSES))
         self._missed = np.zeros((len(emb_extents), MAX_CLASSES))
         self._counted = np.zeros((3, len(emb_extents), len(info.classes)))
@@ -187,7 +185,6 @@ class Twin:
             self._users,
             _stream(samples),
             self._class_of_table,
-            self._table_share,
             info.page_tokens,
             info.kv_eviction == "tail",
             np.uint64(sample_threshold(self.rate)),

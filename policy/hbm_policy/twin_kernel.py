@@ -70,7 +70,6 @@ def simulate(
     users: Users,
     stream: Stream,
     class_of_table: npt.NDArray[np.int64],
-    table_share: npt.NDArray[np.float64],
     page_tokens: int,
     trims: bool,
     threshold: np.uint64,
@@ -113,7 +112,9 @@ def simulate(
         for c in range(MAX_CLASSES):
             used[c] = 0
             rows[c].counts[REQUEST] += 1
-        for i in range(in_history + in_candidates):
+        # From the end: a row comes first at its last position, and a candidate that reuses c
+        # tokens stops at the first position before c.
+        for i in range(in_history + in_candidates - 1, -1, -1):
             if i < in_history:
                 key = stream.history_keys[history_at + i]
                 position = wide(stream.history_positions[history_at + i])
@@ -151,23 +152,23 @@ def simulate(
                 row[KV_HITS] += 1.0
             gather = 0.0
             for c in range(MAX_CLASSES):
-                if used[c] == 0 and not overlap:
-                    continue
-                misses = serve_rows(
-                    rows[c], k, cached[k], used[c], numbers[c], positions[c], missed
-                )
-                row[HISTORY_MISSES + c] += misses[0]
-                row[CANDIDATE_MISSES + c] += misses[1]
-                looked_up[k, c] += misses[2]
-                missed_so_far[k, c] += misses[0] + misses[1]
-                if overlap:
-                    # A few sampled misses say little about one request, and the maximum below
-                    # would take their noise for cost: expected misses are used instead.
+                if used[c] > 0:
+                    missed_history, missed_candidates, found = serve_rows(
+                        rows[c], k, cached[k], used[c], numbers[c], positions[c], missed
+                    )
+                    row[HISTORY_MISSES + c] += missed_history
+                    row[CANDIDATE_MISSES + c] += missed_candidates
+                    looked_up[k, c] += found
+                    missed_so_far[k, c] += missed_history + missed_candidates
+                    gather += row_ms[c] * (missed_history + missed_candidates) / rate
+            if overlap:
+                # A few sampled misses say little about one request, and the maximum below would
+                # take their noise for cost: expected misses are used instead.
+                gather = 0.0
+                for c in range(MAX_CLASSES):
                     gather += row_ms[c] * (
                         from_history * _ratio(row[HISTORY_MISSES + c], rate * row[HISTORY_LOOKUPS])
                         + from_candidates
                         * _ratio(row[CANDIDATE_MISSES + c], rate * row[CANDIDATE_LOOKUPS])
                     )
-                else:
-                    gather += row_ms[c] * (misses[0] + misses[1]) / rate
             row[COST] += max(compute, gather) if overlap else compute + gather

@@ -55,7 +55,6 @@ class Rows(NamedTuple):
     key: npt.NDArray[np.uint64]  # [N] row key of a number, 0 with `taken` False
     taken: npt.NDArray[np.bool_]  # [N]
     stamp: npt.NDArray[np.int64]  # [N] request in which the row was seen last
-    place: npt.NDArray[np.int32]  # [N] where in the request's list
     table: npt.NDArray[np.int32]  # [H] number + 1, 0: empty
     hand: npt.NDArray[np.int64]  # [1] next number to be given away
     counts: npt.NDArray[np.int64]  # [COUNTS]
@@ -97,7 +96,6 @@ def allocate_rows(row_class: RowClass, class_extents: Ints, most_extents: int, r
         key=np.zeros(numbers, np.uint64),
         taken=np.zeros(numbers, np.bool_),
         stamp=np.zeros(numbers, np.int64),
-        place=np.zeros(numbers, np.int32),
         table=np.zeros(1 << (2 * numbers - 1).bit_length(), np.int32),
         hand=np.zeros(1, np.int64),
         counts=np.zeros(COUNTS, np.int64),
@@ -232,19 +230,16 @@ def list_row(
     numbers: npt.NDArray[np.int64],
     positions: npt.NDArray[np.int64],
 ) -> int:
-    """Adds a row of the present request to its list, once, at its last position. -> new length.
+    """Adds a row of the present request to its list, once. -> new length.
 
-    A batch counts one hit per row, and a cache that reuses c tokens looks the row up if any of its
-    positions is c or later.
+    Rows come in order of falling position, so the one that stays is the last: a batch counts one
+    hit per row, and a cache that reuses c tokens looks the row up if any position is c or later.
     """
     number = number_of(rows, key)
     if number >= 0:
         if rows.stamp[number] == rows.counts[REQUEST]:
-            at = wide(rows.place[number])
-            positions[at] = max(positions[at], position)
             return used
         rows.stamp[number] = rows.counts[REQUEST]
-        rows.place[number] = used
     numbers[used] = number
     positions[used] = position
     return used + 1
@@ -274,7 +269,7 @@ def serve_rows(
     looked_up = wide(0)
     for i in range(used):
         if positions[i] < cached:
-            continue
+            break
         looked_up += 1
         number = numbers[i]
         slot = lookup(cache, number) if number >= 0 else wide(-1)

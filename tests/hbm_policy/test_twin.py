@@ -152,13 +152,15 @@ class PlainTwin:
         for sample in samples:
             self.weight = self.weight * self.fade + 1.0
             last: dict[int, float] = {}
-            for keys, positions in (
-                (sample.history_keys, sample.history_positions.tolist()),
-                (sample.candidate_keys, [math.inf] * len(sample.candidate_keys)),
+            for key in reversed(sample.candidate_keys.tolist()):
+                last.setdefault(key, math.inf)
+            positions = sample.history_positions.tolist()
+            for key, position in zip(
+                reversed(sample.history_keys.tolist()), reversed(positions), strict=True
             ):
-                for key, position in zip(keys.tolist(), positions, strict=True):
-                    if sampled(np.array([key], np.uint64), self.rate)[0]:
-                        last[key] = max(position, last.get(key, -1))
+                last.setdefault(key, position)
+            kept = sampled(np.array(list(last), np.uint64), self.rate)
+            last = {key: at for (key, at), keep in zip(last.items(), kept, strict=True) if keep}
             for rows, users, sums in self.pairs:
                 self.serve(sample, last, rows, users, sums, costs)
 
