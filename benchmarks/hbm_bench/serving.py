@@ -12,11 +12,15 @@ import time
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from hbm_serving.batching import RankResult
 from hbm_serving.config import Config, load_config
 from hbm_serving.engine import Engine
-from hbm_serving.features import RankRequest
+from hbm_serving.features import Batch, RankRequest, table_ids
 from hbm_serving.log import configure_log
+from hbm_serving.model import HSTU, PagedHistory
+from hbm_serving.reference import ReferenceScorer, max_error
+from hbm_serving.weights import draw_dense
 
 _CLIENTS = 4
 _ARMS = {
@@ -122,6 +126,42 @@ def _summary(answers: list[_Answer], seconds: float, engine: Engine) -> dict[str
     }
 
 
+def measure_exactness(config: Config, count: int, seed: int) -> dict[str, Any]:
+    """Largest score differences from a float64 reference, computed whole (cold) and with all whole
+    pages reused (warm), for each dtype of dense weights and KV."""
+    exact = ReferenceScorer.from_config(config, torch.float64)
+    size = config.pool.page_tokens
+    requests = make_requests(config, count, seed)
+    wanted = [
+        exact.score(r.items, r.timestamps, r.candidates, r.actions, r.query_time) for r in requests
+    ]
+    figures: dict[str, Any] = {
+        "n": count,
+        "score_std": float(np.mean([scores.std() for scores in wanted])),
+    }
+    for dtype in ("float32", "bfloat16"):
+        shape = config.model.model_copy(update={"dtype": dtype})
+        model = HSTU(shape, draw_dense(shape, config.server.seed), torch.device("cpu"))
+        page = (2, size, shape.heads, shape.head_dim)
+        layers = [
+            torch.zeros(shape.max_sequence_tokens // size, *page, dtype=model.dtype)
+            for _ in range(shape.layers)
+        ]
+        worst = {"cold": 0.0, "warm": 0.0}
+        for request, scores in zip(requests, wanted, strict=True):
+            pages = np.arange(-(-request.tokens // size), dtype=np.int64)
+            for name, cached in (("cold", 0), ("warm", request.tokens // size * size)):
+                batch = Batch([request], [cached])
+                rows = {
+                    table: exact.tables[table][torch.from_numpy(ids)]
+                    for table, ids in table_ids(shape, batch.item_ids()).items()
+                }
+                got = model.score(batch, rows, PagedHistory(layers, [pages])).numpy()
+                worst[name] = max(worst[name], max_error(got, scores))
+        figures[dtype] = {f"max_abs_error_{name}": error for name, error in worst.items()}
+    return figures
+
+
 def run(quick: bool, seed: int) -> dict[str, Any]:
     """Latency and throughput of the three arms, and the ratios between them."""
     configure_log()
@@ -159,4 +199,5 @@ def run(quick: bool, seed: int) -> dict[str, Any]:
         "clients": _CLIENTS,
         "link_bytes_per_s": base.pool.link_bytes_per_s,
         **figures,
+        "exactness": measure_exactness(base, 20 if quick else 200, seed),
     }
