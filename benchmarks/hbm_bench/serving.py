@@ -162,14 +162,17 @@ def measure_exactness(config: Config, count: int, seed: int) -> dict[str, Any]:
     return figures
 
 
-def run(quick: bool, seed: int) -> dict[str, Any]:
+def run(quick: bool, seed: int, device: str = "cpu") -> dict[str, Any]:
     """Latency and throughput of the three arms, and the ratios between them."""
     configure_log()
     rounds, per_round = (2, 150) if quick else (6, 500)
     base = load_config("demo")
     requests = make_requests(base, rounds * per_round, seed)
     warm_up = make_requests(base, per_round, seed + 1)
-    engines = {name: Engine(load_config("demo", change)) for name, change in _ARMS.items()}
+    engines = {
+        name: Engine(load_config("demo", {"server.device": device, **change}))
+        for name, change in _ARMS.items()
+    }
     answers: dict[str, list[_Answer]] = {name: [] for name in engines}
     seconds = dict.fromkeys(engines, 0.0)
     try:
