@@ -144,6 +144,7 @@ class RankStages:
             rows = self._buffers[slot].views(batch.computed_tokens)
             count = self.memory.gather(ids, rows)
         except BaseException:
+            self.counters.gather_errors += len(tickets)
             for hold in holds:
                 if hold is not None:
                     self.memory.abort(hold)
@@ -204,7 +205,7 @@ class RankStages:
 
     def abort(self, work: Work, error: Exception) -> None:
         """Gives the holds of a failed batch back; their KV is never published."""
-        self.counters.errors += len(work.tickets)
+        self.counters.compute_errors += len(work.tickets)
         for hold in work.holds:
             if hold is not None and hold.open:
                 self.memory.abort(hold)

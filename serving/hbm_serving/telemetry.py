@@ -65,7 +65,7 @@ class Counters:
     def __init__(self) -> None:
         # Compute thread.
         self.requests = 0
-        self.errors = 0
+        self.compute_errors = 0
         self.batches = 0
         self.uncached_requests = 0
         self.slo_met = 0
@@ -86,8 +86,14 @@ class Counters:
         # Event loop; the pipeline counts what its queue expired.
         self.overloads = 0
         # Gather thread.
+        self.gather_errors = 0
         self.commands = 0
         self.commands_ignored = 0
+
+    @property
+    def errors(self) -> int:
+        """Requests that failed inside the server."""
+        return self.gather_errors + self.compute_errors
 
 
 class ServedRequest(NamedTuple):
