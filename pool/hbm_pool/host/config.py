@@ -207,8 +207,8 @@ class PoolConfig(PoolShape):
     """Makes host-to-device copies on CPU cost what they cost on this link; None: no model."""
     refill_bytes_per_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
     """Budget of the refiller until told otherwise; 0: it rests."""
-    slice_budget_us: Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)] = 100.0
-    """Time one slice of a planned move may take at a batch boundary."""
+    slice_budget_us: Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)] = 60.0
+    """Time for which one slice of a planned move relocates rows at a batch boundary."""
     max_kv_row_lag_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 300.0
     """How long KV computed from older row values is reused after rows were pushed; 0: never."""
     emb_index: Literal["auto", "host", "device"] = "auto"

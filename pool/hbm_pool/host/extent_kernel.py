@@ -15,8 +15,14 @@ TWICE: Final = -3
 
 
 @kernel
-def leave(owner: npt.NDArray[np.int8], extents: npt.NDArray[np.int32], state: int) -> int:
-    """Puts extents of one owner into `state`, another one; returns who that owner was.
+def leave(
+    owner: npt.NDArray[np.int8],
+    generation: npt.NDArray[np.uint32],
+    extents: npt.NDArray[np.int32],
+    state: int,
+) -> int:
+    """Puts extents of one owner into `state`, another one, and makes void what points into them;
+    returns who that owner was.
 
     Returns one of the negative codes above, with nothing changed, when the extents are not all of
     one owner.
@@ -28,27 +34,21 @@ def leave(owner: npt.NDArray[np.int8], extents: npt.NDArray[np.int32], state: in
         if i == 0:
             first = now
         if now != first or now < 0:
+            twice = False
             for j in range(i):
                 owner[extents[j]] = first
+                generation[extents[j]] -= np.uint32(1)
+                twice = twice or extents[j] == extent
             if now < 0:
                 return OUT_OF_RANGE
-            if now == state:
-                for j in range(i):
-                    if extents[j] == extent:
-                        return TWICE
-            return MIXED
+            return TWICE if twice else MIXED
         owner[extent] = state
+        generation[extent] += np.uint32(1)
     return int(first)
 
 
 @kernel
-def lend(
-    owner: npt.NDArray[np.int8],
-    generation: npt.NDArray[np.uint32],
-    extents: npt.NDArray[np.int32],
-    state: int,
-) -> None:
-    """Puts extents into `state` and makes what pointed into them void."""
+def lend(owner: npt.NDArray[np.int8], extents: npt.NDArray[np.int32], state: int) -> None:
+    """Puts extents into `state`."""
     for i in range(extents.size):
         owner[extents[i]] = state
-        generation[extents[i]] += 1

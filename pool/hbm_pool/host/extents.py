@@ -40,8 +40,8 @@ class Released(NamedTuple):
 class ExtentLedger:
     """Owner and generation of every extent. All operations are vectorised over extents.
 
-    `generation[e]` goes up whenever extent e is handed to an owner: an index entry made under an
-    older generation is void, whatever the extent held, without anybody visiting the entry.
+    `generation[e]` goes up whenever extent e leaves its owner: an index entry made under an older
+    generation is void, whatever the extent held, without anybody visiting the entry.
     """
 
     def __init__(self, num_extents: int) -> None:
@@ -79,6 +79,8 @@ class ExtentLedger:
             raise ExtentError(f"extents cannot be taken for {owner.name}; only for KV or EMB")
         if not 0 <= n <= self._num_free:
             raise ExtentError(f"{n} extents were asked for and {self._num_free} are free")
+        if n == 0:
+            return np.empty(0, dtype=np.int32)
         left = self._num_free - n
         taken = self._free[left : self._num_free].copy()
         self._num_free = left
@@ -108,8 +110,7 @@ class ExtentLedger:
         if owner not in (Owner.KV, Owner.EMB):
             raise ExtentError(f"extents cannot be handed to {owner.name}; only to KV or EMB")
         if len(extents):
-            given = self._take_from_owner(extents, Owner.PENDING)
-            self._lend(owner, given)
+            self._counts[owner] += len(self._take_from_owner(extents, owner))
 
     def reap(self) -> int:
         """Frees pending extents whose fence is done; returns how many became free."""
@@ -149,7 +150,7 @@ class ExtentLedger:
         return found
 
     def _lend(self, owner: Owner, extents: Extents) -> None:
-        kernel.lend(self.owner, self.generation, extents, int(owner))
+        kernel.lend(self.owner, extents, int(owner))
         self._counts[owner] += len(extents)
 
     def _push_free(self, extents: Extents) -> None:
@@ -161,8 +162,8 @@ class ExtentLedger:
     def _take_from_owner(self, extents: Extents, state: Owner) -> Extents:
         """Puts extents of one owner into `state`, or raises and changes nothing."""
         given = np.array(extents, dtype=np.int32)
-        owner = kernel.leave(self.owner, given, int(state))
-        if owner in (Owner.KV, Owner.EMB):
+        owner = kernel.leave(self.owner, self.generation, given, int(state))
+        if owner in (Owner.KV, Owner.EMB) and owner != state:
             self._counts[owner] -= len(given)
             return given
         if owner == kernel.OUT_OF_RANGE:
@@ -170,8 +171,9 @@ class ExtentLedger:
             raise ExtentError(f"extent {bad} was given back; ids are 0..{self.num_extents - 1}")
         if owner == kernel.TWICE:
             raise ExtentError("an extent was given back twice in one call")
-        if owner >= 0:
+        if owner >= 0:  # all of one owner, but not one to take from
             self.owner[given] = owner
+            self.generation[given] -= 1
         owners = ", ".join(sorted({Owner(int(o)).name for o in np.unique(self.owner[given])}))
         raise ExtentError(
             f"extents in state {owners} were given back; all must be owned by one side, KV or EMB"

@@ -264,14 +264,15 @@ class Split:
         with self.lock:
             ledger = self.ledger
             short = n - ledger.num_free - ledger.num_pending
-            given = self.kv.release(max(0, short))
-            fence = self.clock.fence(Lane.KV)
-            taken = ledger.take(Owner.EMB, min(n - len(given), ledger.num_free))
-            if fence.done():
-                ledger.hand_over(given, Owner.EMB)
-                taken = np.concatenate((taken, given))
-            else:
-                ledger.give_back(given, fence)
+            taken = ledger.take(Owner.EMB, min(n, ledger.num_free))
+            if short > 0:
+                given = self.kv.release(short)
+                fence = self.clock.fence(Lane.KV)
+                if fence.done():
+                    ledger.hand_over(given, Owner.EMB)
+                    taken = np.concatenate((taken, given)) if len(taken) else given
+                else:
+                    ledger.give_back(given, fence)
             self.moved_extents += len(taken)
         if len(taken):
             self.emb.grow(taken)

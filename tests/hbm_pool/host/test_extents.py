@@ -70,9 +70,26 @@ def test_refuses_what_is_not_owned_and_changes_nothing(extents: list[int], messa
     with pytest.raises(ExtentError, match=message):
         ledger.give_back(np.array(extents, dtype=np.int32), None)
     assert [ledger.count(owner) for owner in Owner] == [1, 2, 1, 0]
+    assert ledger.generation.tolist() == [0, 0, 0, 0]
+    with pytest.raises(ExtentError):
+        ledger.hand_over(np.array(extents, dtype=np.int32), Owner.EMB)
+    assert ledger.generation.tolist() == [0, 0, 0, 0]
     assert ledger.violations() == []
     handed_out = ledger.take(Owner.KV, 1)
     assert handed_out.tolist() == [3]
+
+
+def test_hands_over_in_one_step() -> None:
+    ledger = ExtentLedger(6)
+    taken = ledger.take(Owner.KV, 4)
+    ledger.hand_over(taken[:3], Owner.EMB)
+    assert [ledger.count(owner) for owner in Owner] == [2, 1, 3, 0]
+    assert (ledger.generation[taken[:3]] > 0).all()
+    with pytest.raises(ExtentError, match="EMB were given back"):
+        ledger.hand_over(taken[:3], Owner.EMB)
+    with pytest.raises(ExtentError, match="FREE"):
+        ledger.hand_over(taken[:3], Owner.FREE)
+    assert ledger.violations() == []
 
 
 def test_refuses_to_hand_out_what_is_not_there() -> None:
