@@ -62,19 +62,19 @@ class TwinAnchor:
         age_ns = reading.now_ns - monotonic_ns
         if age_ns > self._stale_ns or age_ns < -self._stale_ns:
             return _unknown(state, _STALE)
-        known_alpha = state.curve_alpha
-        if not (
-            len(alpha) == len(newest_ms) > 0
-            # A NaN anywhere makes the sum one, and every comparison with it false.
-            and 0.0 < sum(newest_ms) < math.inf
-            and min(newest_ms) > 0.0
-            and 0.0 <= warm <= 1.0
-            and requests >= 0
-            and (alpha is known_alpha or _ascending(alpha))
-        ):
+        if len(alpha) != len(newest_ms) or not (alpha is state.curve_alpha or is_ascending(alpha)):
             return _unknown(state, _INVALID)
         cost_ms = self._smooth(curve, state, newest_only)
-        best = _minimum(alpha, cost_ms, low, high)
+        lowest_ms = min(cost_ms)
+        # A NaN anywhere makes the sum one, and every comparison with it false.
+        if not (
+            0.0 < lowest_ms <= sum(cost_ms) < math.inf and 0.0 <= warm <= 1.0 <= 1.0 + requests
+        ):
+            return _unknown(state, _INVALID)
+        if low <= alpha[0] and alpha[-1] <= high:
+            best = parabola_vertex(alpha, cost_ms, cost_ms.index(lowest_ms))
+        else:
+            best = _minimum_within(alpha, cost_ms, low, high)
         anchor_ms = cost_at(alpha, cost_ms, best)
         config = self.config
         anchor = state.anchor
@@ -147,12 +147,9 @@ def parabola_vertex(alpha: tuple[float, ...], cost_ms: tuple[float, ...], index:
     return min(max(vertex, left), right)
 
 
-def _minimum(
+def _minimum_within(
     alpha: tuple[float, ...], cost_ms: tuple[float, ...], low: float, high: float
 ) -> float:
-    if low - _EPSILON <= alpha[0] and alpha[-1] <= high + _EPSILON:
-        vertex = parabola_vertex(alpha, cost_ms, cost_ms.index(min(cost_ms)))
-        return low if vertex < low else high if vertex > high else vertex
     first = bisect_left(alpha, low - _EPSILON)
     last = bisect_right(alpha, high + _EPSILON)
     if first >= last:
@@ -163,8 +160,9 @@ def _minimum(
     return min(max(parabola_vertex(alpha, cost_ms, index), low), high)
 
 
-def _ascending(alpha: tuple[float, ...]) -> bool:
-    if not all(0.0 <= value <= 1.0 for value in alpha):
+def is_ascending(alpha: tuple[float, ...]) -> bool:
+    """Candidates are within 0..1, each above the one before, and there is one at least."""
+    if not alpha or not all(0.0 <= value <= 1.0 for value in alpha):
         return False
     return all(left < right for left, right in pairwise(alpha))
 

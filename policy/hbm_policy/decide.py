@@ -16,6 +16,7 @@ from hbm_policy.config import PolicyConfig
 from hbm_policy.layers import (
     MAX_CORRECTION,
     MAX_SLEW_SCALE,
+    NO_CORRECTION,
     Gate,
     NoResidual,
     Residual,
@@ -92,12 +93,16 @@ class Policy:
         if mode == _FIXED:
             wish = Wish(reading.alpha_fixed, 0.0, 0.0, 1.0, free=True)
         elif estimate.trust > 0.0:
-            correction = self._residual.correct(reading, estimate.anchor, estimate.gain)
-            shift = _cut(correction.alpha, MAX_CORRECTION)
-            if shift != 0.0:
-                reasons |= _RESIDUAL
-            scale = _scale(gating.slew_scale * correction.slew_scale)
-            wish = Wish(estimate.anchor + shift, estimate.gain, estimate.gain_ms, scale, free=False)
+            anchor = estimate.anchor
+            correction = self._residual.correct(reading, anchor, estimate.gain)
+            scale = 1.0
+            if correction is not NO_CORRECTION or gating.slew_scale != 1.0:
+                shift = _cut(correction.alpha, MAX_CORRECTION)
+                scale = _scale(gating.slew_scale * correction.slew_scale)
+                if shift != 0.0:
+                    reasons |= _RESIDUAL
+                    anchor += shift
+            wish = _new(Wish, (anchor, estimate.gain, estimate.gain_ms, scale, False))
         steered = shield.steer(reading, state, bounds, wish)
         refill = shield.refill_bytes_per_s(reading, steered.target)
         if refill == 0.0:
@@ -221,7 +226,9 @@ def _command(
     """The command in whole extents: a ramp finer than one changes nothing and says nothing new."""
     low, high = bounds
     extents = reading.extents
-    alpha = min(max(round(steered.target * extents) / extents, low), high)
+    alpha = round(steered.target * extents) / extents
+    if not low <= alpha <= high:
+        alpha = low if alpha < low else high
     generation = state.generation
     apply = state.mode != _RECOMMEND
     if apply and (alpha != state.command_alpha or refill != state.command_refill):

@@ -6,6 +6,7 @@ microsecond each three fields. The caller owns the records and refreshes them in
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -204,14 +205,16 @@ def read_curve(record: npt.NDArray[Any]) -> Curve:
 
 
 def _curve(raw: memoryview, known_alpha: tuple[float, ...]) -> Curve:
-    """An impossible number of points gives an empty curve, which the anchor refuses.
+    """Impossible numbers of points or costs give an empty curve, which the anchor refuses.
 
     Candidates that are those of the curve before are the same tuple: they are compared here, once.
     """
     monotonic_ns, boot_epoch, points, requests, lost, warm = _CURVES.unpack_from(raw)
     packed = _POINTS[points if 0 <= points <= MAX_CURVE_POINTS else 0]
     alpha = packed(raw, _ALPHA_AT)
+    cost_ms = packed(raw, _COST_AT)
     if alpha == known_alpha:
         alpha = known_alpha
-    cost_ms = packed(raw, _COST_AT)
+    if not all(0.0 < each < math.inf for each in cost_ms):
+        alpha = cost_ms = ()
     return _new(Curve, (monotonic_ns, boot_epoch, requests, lost, warm, alpha, cost_ms))

@@ -42,7 +42,7 @@ class Residual(Protocol):
 
 
 _STEADY: Final = Gating(open=False, slew_scale=1.0, memory=())
-_NONE: Final = Correction(alpha=0.0, slew_scale=1.0)
+NO_CORRECTION: Final = Correction(alpha=0.0, slew_scale=1.0)
 MAX_CORRECTION: Final = 0.05
 """Largest |Δα| of a residual that is taken; a larger one is cut."""
 MAX_SLEW_SCALE: Final = 4.0
@@ -61,4 +61,4 @@ class NoResidual:
 
     def correct(self, reading: Reading, anchor: float, gain: float) -> Correction:
         """No correction."""
-        return _NONE
+        return NO_CORRECTION

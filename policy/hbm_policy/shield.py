@@ -109,8 +109,11 @@ class Shield:
 
     def bounds(self, reading: Reading) -> tuple[float, float]:
         """α allowed by both sides. Where they do not overlap, the server's side wins."""
-        low = max(reading.alpha_min, reading.server_alpha_min)
-        high = min(reading.alpha_max, reading.server_alpha_max)
+        low, high = reading.alpha_min, reading.alpha_max
+        if low < reading.server_alpha_min:
+            low = reading.server_alpha_min
+        if high > reading.server_alpha_max:
+            high = reading.server_alpha_max
         if low <= high:
             return low, high
         edge = low if low <= reading.server_alpha_max else high

@@ -104,16 +104,20 @@ def test_a_cold_twin_is_shown_but_not_trusted(reading, valley) -> None:
 
 def test_no_usable_curve_keeps_the_last_anchor_without_trust(reading, valley) -> None:
     state = after(STATE, estimate(reading, valley(0.3)))
+    turned = tuple(reversed(valley(0.6).alpha))
     cases = [
         (None, Reason.CURVES_MISSING),
-        (valley(0.6, boot_epoch=8), Reason.CURVES_MISSING),
-        (valley(0.6, cost_ms=(math.nan, *([1.0] * 16))), Reason.CURVES_INVALID),
-        (valley(0.6, cost_ms=(*([1.0] * 16), math.inf)), Reason.CURVES_INVALID),
-        (valley(0.6, cost_ms=(*([1.0] * 16), -1.0)), Reason.CURVES_INVALID),
-        (valley(0.6, alpha=(), cost_ms=()), Reason.CURVES_INVALID),
-        (valley(0.6, warm=math.nan), Reason.CURVES_INVALID),
-        (valley(0.6, alpha=tuple(reversed(valley(0.6).alpha))), Reason.CURVES_INVALID),
-        (valley(0.6, alpha=(*([0.5] * 16), 7.0)), Reason.CURVES_INVALID),
+        (valley(0.6, requests=2000, boot_epoch=8), Reason.CURVES_MISSING),
+        (valley(0.6, requests=2000, cost_ms=(math.nan, *([1.0] * 16))), Reason.CURVES_INVALID),
+        (valley(0.6, requests=2000, cost_ms=(*([1.0] * 16), math.inf)), Reason.CURVES_INVALID),
+        (valley(0.6, requests=2000, cost_ms=(*([1.0] * 16), -1.0)), Reason.CURVES_INVALID),
+        (valley(0.6, requests=2000, alpha=(), cost_ms=()), Reason.CURVES_INVALID),
+        (valley(0.6, requests=2000, warm=math.nan), Reason.CURVES_INVALID),
+        (
+            valley(0.6, requests=2000, alpha=turned),
+            Reason.CURVES_INVALID,
+        ),
+        (valley(0.6, requests=2000, alpha=(*([0.5] * 16), 7.0)), Reason.CURVES_INVALID),
     ]
     for curve, reason in cases:
         found = estimate(reading, curve, state)

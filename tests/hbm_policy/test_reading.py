@@ -102,6 +102,14 @@ def test_a_curve_with_an_impossible_number_of_points_is_empty(points: int) -> No
     assert read_curve(curves).alpha == ()
 
 
+@pytest.mark.parametrize("cost_ms", [math.nan, math.inf, 0.0, -1.0])
+def test_a_curve_with_an_impossible_cost_is_empty(cost_ms: float) -> None:
+    curves = np.zeros((), CURVES)
+    curves["points"] = 2
+    curves["alpha"][:2], curves["cost_ms"][:2] = (0.1, 0.5), (1.0, cost_ms)
+    assert read_curve(curves).alpha == read_curve(curves).cost_ms == ()
+
+
 def test_fields_must_be_named_in_the_order_of_the_record() -> None:
     with pytest.raises(ValueError, match="order"):
         Fields(INTENT, ("alpha_max", "alpha_min"))
