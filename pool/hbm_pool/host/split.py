@@ -239,7 +239,11 @@ class Split:
             if self._promised > surplus:
                 self._cancel_shrink()
             if self._promised < surplus:
-                self._promised += self.emb.plan_shrink(surplus - self._promised)
+                # Choosing costs as much as a slice; relocating begins at the next boundary.
+                found = self.emb.plan_shrink(surplus - self._promised)
+                self._promised += found
+                if found:
+                    return
             given = self.emb.shrink_step(self.slice_budget_us)
             self._promised -= len(given)
         if len(given):
