@@ -12,7 +12,7 @@ Device = Literal["auto", "cpu", "cuda"]
 DEFAULT_SECONDS: Final = 210.0
 MODEL_PRESET: Final = "demo"
 ALPHA_START: Final = 0.5
-TRACE_RATE_PER_S: Final = 36.0
+TRACE_RATE_PER_S: Final = 72.0
 """A log is replayed no faster than this, which two nodes on two cores can serve."""
 
 

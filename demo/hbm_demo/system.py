@@ -12,6 +12,8 @@ from hbm_demo.settings import ALPHA_START, MODEL_PRESET, DemoSettings
 
 _READY_S = 180.0
 """Compiling the kernels for the first time on a slow machine included."""
+_TICK_MS = 200
+"""So often that the decisions of one arm suffice for a P99."""
 _NAMESPACE = "demo"
 _HOST = "127.0.0.1"
 
@@ -97,7 +99,7 @@ def start_system(
     for node in nodes:
         command = [*hbm, "sidecar", "--run-dir", str(node.run_dir), "--node", node.name]
         command += ["--node-url", node.url, "--namespace", _NAMESPACE, "--redis-url", redis_url]
-        command += ["--mode", arm.mode, "--port", "0"]
+        command += ["--mode", arm.mode, "--tick-ms", str(_TICK_MS), "--port", "0"]
         command += ["--refill-bytes-per-s", str(refill_bytes_per_s)]
         command += ["--ready-file", str(node.run_dir / "sidecar.json")]
         if arm.mode == "fixed":

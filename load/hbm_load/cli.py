@@ -29,7 +29,7 @@ def load(
     seconds: Annotated[float, typer.Option(min=0.1, help="Length of the run.")] = 60.0,
     rate: Annotated[
         float, typer.Option(min=0.001, help="With --trace: most requests per second.")
-    ] = 36.0,
+    ] = 72.0,
     rate_scale: Annotated[
         float, typer.Option(min=0.001, help="With --scenario: factor on its rates.")
     ] = 1.0,
