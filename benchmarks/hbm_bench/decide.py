@@ -3,7 +3,8 @@
 The sidecar's own `Decider` decides beside a server file that is published anew before every tick,
 with a new curve of the twin each time, so that no decision finds its work done. 0, 1 or 3 dry
 decisions run right before the tick; their cost stands beside it. Hot: one tick after the other,
-with nothing but the publishing between them. Paced: at 4 and 10 Hz. `due` is tick due -> command stored. The garbage collector is off, as in the process.
+with nothing but the publishing between them. Paced: at 4 and 10 Hz. `due` is tick due -> command
+stored. The garbage collector is off, as in the process.
 """
 
 from __future__ import annotations
