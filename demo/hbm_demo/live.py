@@ -96,11 +96,9 @@ class LiveView:
 
     def _nodes(self, progress: dict[str, Any] | None, samples: Sequence[NodeSample]) -> Table:
         table = Table(box=None, pad_edge=False, expand=True)
-        for heading in ("node", "α", "α̂", "over 40 s", "KV hits", "EMB hits"):
-            table.add_column(
-                heading, justify="left" if heading in ("node", "over 40 s") else "right"
-            )
-        for heading in ("refill", "queue", "routed"):
+        for heading in ("node", "α", "α̂", "α, last 40 s"):
+            table.add_column(heading)
+        for heading in ("KV hits", "EMB hits", "refill", "queue", "routed"):
             table.add_column(heading, justify="right")
         routed = (progress or {}).get("nodes", {})
         for sample in samples:

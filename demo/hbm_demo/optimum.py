@@ -21,6 +21,12 @@ class NodeOptimum(NamedTuple):
     alphas: tuple[float, ...]
     cost_ms: tuple[float, ...]  # the curve
 
+    def distance(self, alpha: float) -> float:
+        """|α - α*|, or the distance to the plateau where that is smaller: on it, every α is as
+        good."""
+        low, high = self.plateau
+        return min(abs(alpha - self.alpha_star), max(low - alpha, alpha - high, 0.0))
+
 
 class RegimeOptimum(NamedTuple):
     """The optima of one regime."""

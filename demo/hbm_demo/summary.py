@@ -14,7 +14,7 @@ from hbm_load.records import Outcome, Records
 from hbm_demo.arm import ArmResult
 from hbm_demo.machine import describe
 from hbm_demo.observe import COUNTERS, NodeSample
-from hbm_demo.optimum import RegimeOptimum
+from hbm_demo.optimum import NodeOptimum, RegimeOptimum
 from hbm_demo.score_check import ScoreCheck
 from hbm_demo.settings import DemoSettings
 
@@ -262,30 +262,33 @@ def _optima(optima: Mapping[str, RegimeOptimum], result: ArmResult) -> dict[str,
             settled = (regime_at(records, each.time_s) == index) & settled_at(records, each.time_s)
             anchor = each.anchor[settled]
             optimum = optima[label].nodes.get(node) if label in optima else None
+            hat = _mean(anchor)
             nodes[node] = {
                 "alpha_star": None if optimum is None else optimum.alpha_star,
                 "plateau": None if optimum is None else list(optimum.plateau),
-                "alpha_hat": _mean(anchor),
+                "alpha_hat": hat,
                 "alpha": _mean(each.alpha[settled]),
+                **_distances(optimum, hat),
             }
         found[label] = {
             "alpha_star": _mean_of(nodes, "alpha_star"),
             "alpha_hat": _mean_of(nodes, "alpha_hat"),
             "alpha": _mean_of(nodes, "alpha"),
-            "distance": _distance(nodes),
+            "distance": _mean_of(nodes, "distance"),
+            "plateau_distance": _mean_of(nodes, "plateau_distance"),
             "nodes": nodes,
         }
     return found
 
 
-def _distance(nodes: Mapping[str, dict[str, Any]]) -> float | None:
-    """Mean over nodes of |α̂ - α*|."""
-    distances = [
-        abs(each["alpha_hat"] - each["alpha_star"])
-        for each in nodes.values()
-        if each["alpha_hat"] is not None and each["alpha_star"] is not None
-    ]
-    return float(np.mean(distances)) if distances else None
+def _distances(optimum: NodeOptimum | None, hat: float | None) -> dict[str, float | None]:
+    """How far α̂ is from α*, and from the plateau around it where that is nearer."""
+    if optimum is None or hat is None:
+        return {"distance": None, "plateau_distance": None}
+    return {
+        "distance": abs(hat - optimum.alpha_star),
+        "plateau_distance": optimum.distance(hat),
+    }
 
 
 def _shift(optima: Mapping[str, RegimeOptimum]) -> float | None:

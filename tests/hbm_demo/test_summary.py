@@ -59,6 +59,9 @@ def test_settled_anchor_stands_beside_the_optimum(summary: dict) -> None:
     assert found["steady"]["distance"] == pytest.approx(0.0, abs=1e-9)
     assert found["burst"]["alpha_hat"] == pytest.approx(0.2)
     assert found["trend"]["nodes"]["node-1"]["alpha_star"] == 0.25
+    # The settled half of the trend lies behind the jump from 0.8 to 0.2.
+    assert found["trend"]["distance"] == pytest.approx(0.05, abs=0.02)
+    assert found["trend"]["plateau_distance"] == pytest.approx(0.0, abs=0.02)
     assert summary["alpha_star_shift"] == pytest.approx(0.6)
 
 
@@ -150,7 +153,7 @@ def test_a_good_summary_passes_and_each_fault_is_named(summary: dict, tmp_path: 
         "kv_users is 0": lambda s: s["evictions"].update(kv_users=0),
         "moves_down is 0": lambda s: s["alpha"].update(moves_down=0),
         "less than 0.2": lambda s: s.update(alpha_star_shift=0.1),
-        "burst: the settled": lambda s: s["alpha_star"]["burst"].update(distance=0.11),
+        "burst: the settled": lambda s: s["alpha_star"]["burst"].update(plateau_distance=0.11),
         "fields are missing: versions": lambda s: s.pop("versions"),
         "adaptive/trend: without kv_hit_rate": lambda s: s["arms"]["adaptive"]["regimes"][
             "trend"
