@@ -75,8 +75,8 @@ class DeviceZones(ZoneTensors):
 
     @property
     def own_slot(self) -> int:
-        """Some slot of an extent held, -1 when there is none."""
-        for extents in (self._main_list, self._ring_list):
+        """Some slot of an extent held, -1 when there is none; those being emptied hold rows too."""
+        for extents in (self._main_list, self._ring_list, self._drain_list):
             if extents:
                 return extents[0] * self.rows_per_extent
         return -1

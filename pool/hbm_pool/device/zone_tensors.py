@@ -127,10 +127,11 @@ class ZoneTensors:
         to_ring = left & ~to_main
         self.state[GHOST_HITS] += (admitted & ghosts).sum()
 
+        filled = self._fill.clone()  # the hand must not take what is filled only now
         fresh = self._take_fresh(to_fresh, rank)
         ring, old_keys, promoted = self._overwrite(to_ring)
         if has_main:
-            holes = self._holes(torch.cat([to_main, promoted]))
+            holes = self._holes(torch.cat([to_main, promoted]), filled)
         else:
             holes = torch.full((2 * keys.numel(),), -1, dtype=torch.int64, device=self.device)
         main, targets = holes.chunk(2)
@@ -172,8 +173,9 @@ class ZoneTensors:
             rank = torch.cumsum(moved, 0) - 1
             free = self._fresh.numel() * rows - self.state[FRESH_POSITION]
             to_fresh = moved & (rank < free)
+            before = self._fill.clone()
             fresh = self._take_fresh(to_fresh, rank)
-            targets = torch.where(to_fresh, fresh, self._holes(moved & ~to_fresh))
+            targets = torch.where(to_fresh, fresh, self._holes(moved & ~to_fresh, before))
         self._slot_key[first : first + count] = NO_KEY
         self._slot_count[first : first + count] = 0
         self._place(keys, targets, counts - 1)
@@ -228,9 +230,11 @@ class ZoneTensors:
         places = torch.where(mask, extents, self.max_extents)
         self._fill.scatter_reduce_(0, places, offset + 1, "amax")
 
-    def _holes(self, wanted: torch.Tensor) -> torch.Tensor:
+    def _holes(self, wanted: torch.Tensor, filled: torch.Tensor) -> torch.Tensor:
         """A slot of main for each row of the mask, -1 for the others and when main is too small
-        (rule 4): the hand passes a window, takes what has count 0 in its order, then the lowest."""
+        (rule 4): the hand passes a window, takes what has count 0 in its order, then the lowest.
+
+        `filled` says how many slots of each extent held something before this batch."""
         rows = self.rows_per_extent
         total = self._order.numel() * rows
         window = min(total, WINDOW_PER_HOLE * wanted.numel() + WINDOW_LEAST)
@@ -239,7 +243,7 @@ class ZoneTensors:
         extents = self._order[position // rows]
         slots = extents * rows + position % rows
         counts = self._slot_count[slots].long()
-        counts = torch.where(position % rows < self._fill[extents], counts, UNUSED)
+        counts = torch.where(position % rows < filled[extents], counts, UNUSED)
         needed = wanted.sum()
         taken = torch.argsort(counts * window + steps)
         rank = torch.cumsum(wanted, 0) - 1

@@ -259,6 +259,30 @@ def test_planned_shrink_keeps_what_is_referenced(index: str) -> None:
     assert world.cache.counters().relocated_rows > 0
 
 
+def test_rows_in_extents_being_emptied_are_pushed_too(index: str) -> None:
+    world = EmbWorld(23, index=index, tables=(TableSpec("item", 1500, 16),))
+    world.grow(10)
+    ids = torch.arange(50)
+    world.gather_and_check({"item": ids})
+    assert world.cache.plan_shrink(10) == 10
+    world.values["item"][:50] = 7.0
+    world.cache.push_rows("item", ids, torch.full((50, 16), 7.0))
+    assert world.gather_and_check({"item": ids}).misses == 0
+
+
+def test_ghosts_and_promotions_beside_unused_slots(index: str) -> None:
+    """Batches that use the last unused slots up and need holes of main as well."""
+    world = EmbWorld(24, index=index, tables=(TableSpec("item", 1500, 16),))
+    world.grow(5)
+    for step in range(120):
+        world.gather_and_check({"item": world.draw("item", 60, 0.5)})
+        if step % 5 == 0 and world.free:
+            world.grow(1)
+        if step % 7 == 0:
+            world.give_back(world.cache.drop(1))
+        world.check()
+
+
 def test_extents_on_their_way_to_another_class_can_be_given_up() -> None:
     world = EmbWorld(7)
     world.grow(40)
