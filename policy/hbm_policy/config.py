@@ -17,7 +17,7 @@ NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 class AnchorConfig:
     """Layer 0: from the twin's curve to α̂."""
 
-    smoothing_requests: NonNegative = 64.0
+    smoothing_requests: NonNegative = 128.0
     """Requests after which an old curve counts for 37 %. 0: only the newest curve counts."""
     keep_gain: Share = 0.0005
     """α̂ stays while another candidate would save less than this share of the cost. 0: it follows
