@@ -165,7 +165,7 @@ def _users(
         distance = np.minimum(back, count).astype(np.int64) + 1
         returns = random.random(size) < users.revisit
         is_hot = random.random(size) < users.hot
-        hot = cohort + random.integers(0, users.hot_users, size)
+        hot = cohort + ZipfMandelbrot(users.hot_users, users.hot_zipf_s).draw(random, size)
         one_off = cohort + (1 << 32) + random.integers(0, users.one_off_users, size)
         fresh = np.where(is_hot, hot, one_off)
         for offset in range(size):

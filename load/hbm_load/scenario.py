@@ -57,7 +57,10 @@ class Users(_Section):
     hot: Share = 0.0
     """Probability, when nobody came back, that the user is one of the hot ones (*h*)."""
     hot_users: int = Field(300, ge=1)
-    """How many hot users there are; all are equally likely."""
+    """How many hot users there are."""
+    hot_zipf_s: float = Field(0.0, ge=0.0, le=4.0, allow_inf_nan=False)
+    """Exponent of their activity: user r comes with probability proportional to (r + 1)^-s.
+    0: all are equally likely."""
     one_off_users: int = Field(2_000_000, ge=1)
     """Size of the population that is left, uniformly drawn."""
     cohort: str = Field("", max_length=32)

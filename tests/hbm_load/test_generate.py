@@ -81,6 +81,16 @@ def test_regimes_have_the_users_they_describe(scenario: Scenario) -> None:
     assert len(np.unique(regulars)) == 20
 
 
+def test_hot_users_may_differ_in_activity(scenario: Scenario) -> None:
+    raw = scenario.model_dump()
+    raw["regimes"]["regulars"]["users"]["hot_zipf_s"] = 1.0
+    trace = generate(Scenario.model_validate(raw), 4, requests=8000)
+    counts = np.bincount(trace.user[(trace.regime == 1) & trace.settled])
+    share = np.sort(counts)[::-1] / counts.sum()
+    # 1 / H(20) of all visits are the most active user's.
+    assert share[0] == pytest.approx(0.278, abs=0.06)
+
+
 def test_revisits_come_back_at_the_distance_asked_for() -> None:
     raw = load_scenario("demo").model_dump()
     raw["regimes"] = {"only": raw["regimes"]["steady"]}

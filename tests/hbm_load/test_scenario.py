@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hbm_load.errors import ScenarioError
+from hbm_load.generate import generate
 from hbm_load.scenario import Scenario, blend, load_scenario, parse_scenario, scenarios
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,6 +55,13 @@ def test_a_wrong_field_is_named_with_its_value(scenario: Scenario, change, said:
     assert text.startswith("mine.yaml: ")
     assert said in text
     assert "\n" not in text
+
+
+def test_the_example_of_the_documentation_makes_a_trace() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "workloads.md").read_text()
+    example = text.split("```yaml\n")[1].split("```")[0]
+    trace = generate(parse_scenario(example, "docs/workloads.md"), 1, duration_s=20)
+    assert trace.labels == ("quiet", "sale")
 
 
 def test_a_missing_file_says_what_there_is(tmp_path: Path) -> None:
