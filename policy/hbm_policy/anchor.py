@@ -57,7 +57,7 @@ class TwinAnchor:
         if curve is None:
             return _unknown(state, _MISSING)
         monotonic_ns, boot_epoch, requests, _, warm, alpha, newest_ms = curve
-        if boot_epoch != reading.boot_epoch:
+        if boot_epoch != reading.boot_epoch or requests == 0:
             return _unknown(state, _MISSING)
         age_ns = reading.now_ns - monotonic_ns
         if age_ns > self._stale_ns or age_ns < -self._stale_ns:

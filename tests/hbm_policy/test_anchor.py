@@ -67,18 +67,18 @@ def test_a_relative_and_an_absolute_gain_are_both_needed_to_leave(reading, valle
 
 
 def test_smoothing_counts_requests_not_ticks(reading, valley) -> None:
-    start = after(STATE, estimate(reading, valley(0.3, requests=0)))
-    once = after(start, estimate(reading, valley(0.7, requests=60), start))
+    start = after(STATE, estimate(reading, valley(0.3, requests=1)))
+    once = after(start, estimate(reading, valley(0.7, requests=61), start))
     often = start
-    for requests in (20, 40, 60):
+    for requests in (21, 41, 61):
         often = after(often, estimate(reading, valley(0.7, requests=requests), often))
     assert often.curve_cost_ms == pytest.approx(once.curve_cost_ms)
-    still = estimate(reading, valley(0.7, requests=60), once)
+    still = estimate(reading, valley(0.7, requests=61), once)
     assert still.curve_cost_ms == once.curve_cost_ms
 
 
 def test_an_open_gate_drops_the_past(reading, valley) -> None:
-    start = after(STATE, estimate(reading, valley(0.3, requests=0)))
+    start = after(STATE, estimate(reading, valley(0.3, requests=1)))
     curve = valley(0.7, requests=5)
     assert estimate(reading, curve, start).anchor < 0.4
     assert estimate(reading, curve, start, newest_only=True).anchor == pytest.approx(0.7)
@@ -107,6 +107,8 @@ def test_no_usable_curve_keeps_the_last_anchor_without_trust(reading, valley) ->
     turned = tuple(reversed(valley(0.6).alpha))
     cases = [
         (None, Reason.CURVES_MISSING),
+        (valley(0.6, requests=0, alpha=(), cost_ms=()), Reason.CURVES_MISSING),
+        (valley(0.6, requests=-5), Reason.CURVES_INVALID),
         (valley(0.6, requests=2000, boot_epoch=8), Reason.CURVES_MISSING),
         (valley(0.6, requests=2000, cost_ms=(math.nan, *([1.0] * 16))), Reason.CURVES_INVALID),
         (valley(0.6, requests=2000, cost_ms=(*([1.0] * 16), math.inf)), Reason.CURVES_INVALID),
