@@ -1,6 +1,6 @@
 """Measures the cost constants at start: real forward passes, real row misses, bounded in time.
 
-Each shape runs a few times and counts with its fastest run, which other processes on the machine
+Each shape runs many times and counts with its fastest run, which other processes on the machine
 disturb least.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import structlog
@@ -22,14 +23,15 @@ from hbm_serving.model import HSTU, PagedHistory
 from hbm_serving.weights import DTYPES
 
 _log = structlog.get_logger("hbm_serving")
-_REPEATS = 3
-_ROUNDS = 6
+_LEAST_PASSES = 4
+_MOST_PASSES = 40
+_FEW_ROWS = 8
 _COMPUTE_SHARE = 0.6
 """Of the time allowed; the rest measures rows."""
 
 
 def calibrate(config: Config, model: HSTU, memory: Memory) -> CostEstimator:
-    """Constants of this machine. With `calibrate_s` = 0 one pass of each kind is measured."""
+    """Constants of this machine. With `calibrate_s` = 0 each shape is measured a few times."""
     started_s = time.perf_counter()
     budget_s = config.server.calibrate_s
     timings = _compute_timings(config, model, started_s + _COMPUTE_SHARE * budget_s)
@@ -74,6 +76,8 @@ def _request(config: Config, tokens: int, candidates: int, seed: int) -> RankReq
 
 
 def _compute_timings(config: Config, model: HSTU, until_s: float) -> list[ComputeTiming]:
+    """Every shape in turn, again and again until the time is up: a disturbance of the machine
+    that lasts a while then spoils some runs of every shape and all runs of none."""
     shape = config.model
     pages_needed = shape.max_sequence_tokens // config.pool.page_tokens
     page = (2, config.pool.page_tokens, shape.heads, shape.head_dim)
@@ -81,10 +85,9 @@ def _compute_timings(config: Config, model: HSTU, until_s: float) -> list[Comput
         torch.zeros(pages_needed, *page, dtype=model.dtype, device=model.device)
         for _ in range(shape.layers)
     ]
-    timings: list[ComputeTiming] = []
+    runs: list[Callable[[], object]] = []
+    best: list[ComputeTiming] = []
     for number, (tokens, cached, candidates) in enumerate(_shapes(config)):
-        if number > 3 and time.perf_counter() > until_s:
-            break
         batch = Batch([_request(config, tokens, candidates, number)], [cached])
         rows = {
             table.name: torch.zeros(
@@ -93,47 +96,61 @@ def _compute_timings(config: Config, model: HSTU, until_s: float) -> list[Comput
             for table in shape.tables
         }
         count = -(-tokens // config.pool.page_tokens)
-        history = PagedHistory(layer_pages, [np.arange(count, dtype=np.int64)])
-        best_ms = math.inf
-        for _ in range(_REPEATS + 1):  # the first one warms up
+        history = PagedHistory(layer_pages, [np.arange(count, dtype=np.int64)]) if count else None
+        runs.append(partial(model.score, batch, rows, history))
+        best.append(ComputeTiming(1, batch.computed_tokens, batch.context_tokens, math.inf))
+    passes = 0
+    while passes < _LEAST_PASSES or (passes < _MOST_PASSES and time.perf_counter() < until_s):
+        passes += 1
+        for number, run in enumerate(runs):
             begun_s = time.perf_counter()
-            model.score(batch, rows, history if count else None)
-            best_ms = min(best_ms, (time.perf_counter() - begun_s) * 1e3)
-        timings.append(ComputeTiming(1, batch.computed_tokens, batch.context_tokens, best_ms))
-    return timings
+            run()
+            took_ms = (time.perf_counter() - begun_s) * 1e3
+            best[number] = best[number]._replace(ms=min(best[number].ms, took_ms))
+    return best
 
 
 def _row_costs(config: Config, memory: Memory, until_s: float) -> tuple[list[float], float]:
-    """(ms per missed row of each class, ms of a gather without misses)."""
+    """(ms per missed row of each class, ms of a gather that misses next to nothing).
+
+    Few and many rows that nobody has asked for yet are gathered; the price of a row is the slope
+    between them, because a first miss costs more than a further one.
+    """
     generator = np.random.default_rng([config.server.seed, 0xCA2])
-    tables = config.model.tables
-    classes = memory.layout.classes
-    base_ms = math.inf
-    prices: list[list[float]] = [[] for _ in classes]
-    for round_number in range(_ROUNDS):
-        for index, kind in enumerate(classes):
-            if round_number and time.perf_counter() > until_s:
-                break
-            # A quarter of a sequence of rows nobody has asked for yet: (almost) all miss.
-            wanted = max(16, min(256, config.model.max_sequence_tokens // 4))
-            table = tables[kind.tables[0]]
-            ids = generator.choice(table.rows, size=min(wanted, table.rows), replace=False)
-            probe = {table.name: torch.from_numpy(np.sort(ids).astype(np.int64))}
-            out = {
-                table.name: torch.empty(
-                    len(ids), table.width, dtype=DTYPES[table.dtype], device=memory.device
+    tables = [config.model.tables[kind.tables[0]] for kind in memory.layout.classes]
+    many = min(256, max(64, config.model.max_sequence_tokens // 4))
+    # Per class: rows asked for -> (ms, misses) of the fastest gather.
+    best: list[dict[int, tuple[float, int]]] = [{} for _ in tables]
+    passes = 0
+    while passes < _LEAST_PASSES or (passes < _MOST_PASSES and time.perf_counter() < until_s):
+        passes += 1
+        for index, table in enumerate(tables):
+            for wanted in (_FEW_ROWS, many):
+                count = min(wanted, table.rows)
+                ids = np.sort(generator.choice(table.rows, size=count, replace=False))
+                out = torch.empty(
+                    count, table.width, dtype=DTYPES[table.dtype], device=memory.device
                 )
-            }
-            missed_ms, misses = _timed_gather(memory, probe, out, index)
-            hit_ms, again = _timed_gather(memory, probe, out, index)
-            base_ms = min(base_ms, hit_ms)
-            if misses > again:
-                prices[index].append((missed_ms - hit_ms) / (misses - again))
-            elif misses:  # nothing is ever cached here
-                prices[index].append(missed_ms / misses)
-    fallback = [value for values in prices for value in values] or [0.0]
-    row_ms = [max(1e-6, min(values or fallback)) for values in prices]
-    return row_ms, base_ms if math.isfinite(base_ms) else 0.0
+                probe = {table.name: torch.from_numpy(ids.astype(np.int64))}
+                took_ms, misses = _timed_gather(memory, probe, {table.name: out}, index)
+                # The first pass warms up; later ones may hit some rows of earlier ones, so they
+                # are compared by miss.
+                if passes > 1 and misses and took_ms / misses < _per_miss(best[index].get(wanted)):
+                    best[index][wanted] = took_ms, misses
+    row_ms, base_ms = [], 0.0
+    for found in best:
+        few, lots = found.get(_FEW_ROWS, (0.0, 0)), found.get(many, (0.0, 0))
+        if lots[1] > few[1]:
+            slope = (lots[0] - few[0]) / (lots[1] - few[1])
+            row_ms.append(max(1e-6, slope))
+            base_ms = max(base_ms, lots[0] - slope * lots[1])
+        else:
+            row_ms.append(1e-6)
+    return row_ms, base_ms
+
+
+def _per_miss(best: tuple[float, int] | None) -> float:
+    return math.inf if best is None else best[0] / best[1]
 
 
 def _timed_gather(

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-_LEARNING_RATE = 0.004  # half-life of about 170 batches
-_FASTEST_RATE = 0.05  # of the first batches
-_OUTLIER = math.log(2.0)  # one batch counts as at most twice or half of what was expected
+_LEARNING_RATE = 0.01
+_OUTLIER = 0.3  # larger surprises count as this: what is followed is close to the median
+_TELLING = 4.0  # misses must cost this many times a gather without any, to tell their price
 _DRIFT = math.log(4.0)  # the factor never leaves [1/4, 4] of the calibration
 
 
@@ -65,7 +65,6 @@ class _Factor:
 
     def __init__(self) -> None:
         self._log = 0.0
-        self._seen = 0
 
     @property
     def value(self) -> float:
@@ -75,11 +74,9 @@ class _Factor:
         """`expected_ms` already holds the present factor."""
         if expected_ms <= 0.0 or measured_ms <= 0.0:
             return
-        self._seen += 1
         surprise = math.log(measured_ms / expected_ms)
         surprise = min(max(surprise, -_OUTLIER), _OUTLIER)
-        rate = max(_LEARNING_RATE, _FASTEST_RATE / self._seen)
-        self._log = min(max(self._log + rate * surprise, -_DRIFT), _DRIFT)
+        self._log = min(max(self._log + _LEARNING_RATE * surprise, -_DRIFT), _DRIFT)
 
 
 class CostEstimator:
@@ -115,8 +112,9 @@ class CostEstimator:
         self._compute_factor.observe(expected, timing.ms)
 
     def observe_gather(self, misses: Sequence[int], ms: float) -> None:
-        """`misses` by width class. Batches whose misses are a small part of it teach nothing."""
+        """`misses` by width class, `ms` of the row gather alone. Batches whose misses are a small
+        part of it teach nothing."""
         rows = sum(count * price for count, price in zip(misses, self._row_ms, strict=True))
         expected = rows * self._row_factor.value
-        if expected > self._gather_base_ms:
+        if expected > _TELLING * self._gather_base_ms:
             self._row_factor.observe(expected, max(ms - self._gather_base_ms, 0.1 * ms))

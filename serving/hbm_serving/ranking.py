@@ -142,6 +142,7 @@ class RankStages:
                 for name, rows in table_ids(self.config.model, batch.item_ids()).items()
             }
             rows = self._buffers[slot].views(batch.computed_tokens)
+            rows_begun_s = time.perf_counter()
             count = self.memory.gather(ids, rows)
         except BaseException:
             self.counters.gather_errors += len(tickets)
@@ -153,8 +154,9 @@ class RankStages:
         if self._side is not None:
             gathered = torch.cuda.Event()  # type: ignore[no-untyped-call]
             gathered.record(self._side)
-        gather_ms = (time.perf_counter() - started_s) * 1e3
-        self.costs.observe_gather(count.class_misses, gather_ms)
+        ended_s = time.perf_counter()
+        gather_ms = (ended_s - started_s) * 1e3
+        self.costs.observe_gather(count.class_misses, (ended_s - rows_begun_s) * 1e3)
         return Work(
             tickets,
             holds,

@@ -14,8 +14,8 @@ def test_row_prices_are_those_of_the_link() -> None:
     engine = Engine(load_config("tiny", {"pool.link_bytes_per_s": 1e6, "server.calibrate_s": 1.0}))
     try:
         wide, narrow = engine.costs.constants.row_ms
-        assert wide >= 0.064
-        assert 0.032 <= narrow < wide
+        assert wide >= 0.5 * 0.064
+        assert 0.5 * 0.032 <= narrow < wide
     finally:
         engine.close()
 
