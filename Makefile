@@ -34,7 +34,7 @@ imports: install
 	$(BIN)/lint-imports
 
 unit: install
-	$(BIN)/pytest -n 2 $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 bench: install ## all benchmarks of this machine, as JSON under out/bench
 	$(BIN)/hbm bench all --out out/bench

@@ -193,7 +193,7 @@ class ServerSection(_Section):
     torch_threads: int = Field(1, ge=1, le=256)
     calibrate_s: float = Field(1.0, ge=0.0, le=10.0, allow_inf_nan=False)
     """Time spent at start on measuring the cost constants (0: only from served batches)."""
-    sample_slots: int = Field(4096, ge=1)
+    sample_slots: int = Field(65_536, ge=1)
     """Rows are sampled for the sidecar's twin so densely that about this many slots are sampled."""
     emb_shards: int = Field(256, ge=1, le=1 << 14)
     """Shards in which the digest states how many rows are resident."""
