@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import structlog
 import torch
+from hbm_pool.errors import RowStoreError
 
 from hbm_serving.config import Config
 from hbm_serving.costs import ComputeTiming, CostEstimator, fit_compute
@@ -132,7 +133,12 @@ def _row_costs(config: Config, memory: Memory, until_s: float) -> tuple[list[flo
                     count, table.width, dtype=DTYPES[table.dtype], device=memory.device
                 )
                 probe = {table.name: torch.from_numpy(ids.astype(np.int64))}
-                took_ms, misses = _timed_gather(memory, probe, {table.name: out}, index)
+                try:
+                    took_ms, misses = _timed_gather(memory, probe, {table.name: out}, index)
+                except RowStoreError as error:
+                    # Requests for that row will fail; the others are to be served.
+                    _log.warning("a row could not be read", reason=str(error))
+                    continue
                 # The first pass warms up; later ones may hit some rows of earlier ones, so they
                 # are compared by miss.
                 if passes > 1 and misses and took_ms / misses < _per_miss(best[index].get(wanted)):
