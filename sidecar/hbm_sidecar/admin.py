@@ -61,11 +61,14 @@ class Admin:
         self._intent = new_intent()
         self._generation = 0
         self._intent_due = True
+        self._told_boot = 0
+        """Which sidecar.cb has the intent: one that replaced it knows no wish."""
         self._problem_said: str | None = None
         # Time-based, so that a restarted admin never repeats a sequence.
         self._sequence = self._digest_sequence = time.time_ns() // 1_000_000
         self._digest = b""
         self._digest_version = -1
+        self._digest_fault: codec.DigestReason | None = None
         self._digest_age = 0
         self.publisher: Publisher | None = None
         if config.redis_url:
@@ -89,6 +92,9 @@ class Admin:
             self._window.add(self.observer.telemetry)
             if self.source.poll():
                 self._intent_due = True
+            block = self.observer.block
+            if block is not None and block.boot_epoch != self._told_boot:
+                self._intent_due = True
             self._say_problem()
             if self._intent_due:
                 self._write_intent()
@@ -102,10 +108,8 @@ class Admin:
             return None
         self._sequence += 1
         self._digest_age += 1
-        changed = observer.mirror.version != self._digest_version
+        changed = observer.mirror.version != self._digest_version and self._encode()
         send = whole or changed or self._digest_age >= self.config.digest_every
-        if changed:
-            self._encode()
         if send:
             self._digest_age = 0
         state = node_state(
@@ -119,7 +123,7 @@ class Admin:
             digest_sequence=self._digest_sequence,
             digest_crc=codec.digest_crc(self._digest),
         )
-        return Beat(state, self._digest if send else None)
+        return Beat(state, (self._digest or None) if send else None)
 
     # -- AdminView -------------------------------------------------------------------------------
 
@@ -222,36 +226,47 @@ class Admin:
 
     # -- internals -------------------------------------------------------------------------------
 
-    def _encode(self) -> None:
+    def _encode(self) -> bool:
+        """Make the next digest; False: it cannot be, and the one before stays."""
         mirror, server = self.observer.mirror, self.observer.server
         assert server is not None
         view = mirror.view()
-        self._digest_sequence += 1
-        self._digest = codec.encode_digest(
-            view.users,
-            view.tokens,
-            view.shard_rows,
-            boot_epoch=mirror.boot_epoch,
-            sequence=self._digest_sequence,
-            page_tokens=server.info.page_tokens,
-        )
         self._digest_version = mirror.version
+        try:
+            self._digest = codec.encode_digest(
+                view.users,
+                view.tokens,
+                view.shard_rows,
+                boot_epoch=mirror.boot_epoch,
+                sequence=self._digest_sequence + 1,
+                page_tokens=server.info.page_tokens,
+            )
+        except codec.DigestError as error:
+            self.prometheus.digest_errors.inc()
+            if error.reason != self._digest_fault:
+                self._log.warning("digest left out, heartbeats go on", why=str(error))
+            self._digest_fault = error.reason
+            return False
+        self._digest_sequence += 1
+        self._digest_fault = None
+        return True
 
     def _write_intent(self) -> None:
         """Tell decide, at the next look while there is no file; once per wish."""
         observer = self.observer
         self._intent_due = True
-        if observer.block is None or observer.sidecar is None:
+        block, view = observer.block, observer.sidecar
+        if block is None or view is None or block.boot_epoch != view.boot_epoch:
             return
         wanted = self.source.current()
         known = np.zeros((), dtype=INTENT)
-        if observer.sidecar.read_intent(known):
+        if view.read_intent(known):
             self._generation = max(self._generation, int(known["generation"]))
         if int(known["policy_hash"]) != wanted.policy_hash() or self._generation == 0:
             self._generation += 1
             wanted.fill_intent(self._intent, self._generation, time.monotonic_ns())
-            observer.block.write_intent(self._intent)
-        self._intent_due = False
+            block.write_intent(self._intent)
+        self._intent_due, self._told_boot = False, block.boot_epoch
 
     def _say_problem(self) -> None:
         problem = self.source.problem

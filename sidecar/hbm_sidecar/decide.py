@@ -148,11 +148,13 @@ class Decider:
                 self._log.info("control block usable", file=file)
 
     def _prepare_own(self) -> None:
-        wishes = self._wishes
-        if wishes is None or self._block is None:
+        wishes, block = self._wishes, self._block
+        if wishes is None:
             self._wishes = wishes = SidecarView.open(self._run_dir)
-            self._attach(SidecarBlock.open(self._run_dir))
-        elif wishes.refresh():
+        else:
+            wishes.refresh()
+        # Each side is followed by itself: one may fail where the other has succeeded.
+        if block is None or block.replaced():
             self._attach(SidecarBlock.open(self._run_dir))
         if wishes.read_intent(self._intent):
             self._known_intent = self._intent

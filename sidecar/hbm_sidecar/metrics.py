@@ -69,6 +69,7 @@ class SidecarMetrics:
         self.heartbeats = counter("heartbeats", "Heartbeats stored.")
         self.digest_bytes = gauge("digest_bytes", "Size of the newest digest.")
         self.digests = counter("digests", "Digests stored.")
+        self.digest_errors = counter("digest_errors", "Digests that could not be encoded.")
         # House.
         self.child_restarts = counter("child_restarts", "Restarts by the supervisor.", ("child",))
         self.policy_rejected = counter("policy_rejected", "Policy file contents refused.")

@@ -113,6 +113,9 @@ class Observer:
         self._metrics.residency_exact.set(self.mirror.exact)
 
     def _open(self) -> None:
+        if self.block is not None and self.block.replaced():
+            self.block, self._reopen_at_ns = None, 0
+            self._asked_at_ns = 0  # a snapshot asked for in the old file will not come
         now = self._clock_ns()
         if now < self._reopen_at_ns:
             return

@@ -66,18 +66,18 @@ class TwinProcess:
         while not stop.is_set():
             began = time.thread_time()
             try:
-                pause_s = self._cycle()
+                pause_s = self.step()
             except ControlBlockError as error:
-                self._forget(error)
+                self._say("" if isinstance(error, ControlBlockMissing) else str(error))
                 pause_s = REOPEN_S
             worked_s = time.thread_time() - began
             budget = self._config.twin_budget
             rest_s = min(REST_MAX_S, worked_s * (1.0 - budget) / budget)
             stop.wait(max(pause_s, rest_s))
 
-    def _cycle(self) -> float:
-        """One piece of work; how long to rest at least, in seconds."""
-        if self._block is None:
+    def step(self) -> float:
+        """One piece of work; how long to rest at least, in seconds. Raises `ControlBlockError`."""
+        if self._block is None or self._block.replaced():
             self._block = SidecarBlock.open(self._config.run_dir)
         if self._server is None:
             self._server = ServerView.open(self._config.run_dir)
@@ -101,6 +101,8 @@ class TwinProcess:
         """A twin of this boot; none when its server cannot be simulated."""
         self._boot_epoch = server.boot_epoch
         self._costs = None
+        # What the boot before left unread is no loss of this one.
+        server.read_requests(0)
         try:
             self._twin = Twin(server.info)
         except TwinError as error:
@@ -119,12 +121,8 @@ class TwinProcess:
         self._curves["boot_epoch"] = self._boot_epoch
         block.write_curves(self._curves)
 
-    def _forget(self, error: ControlBlockError) -> None:
-        """The file is missing or foreign: look again later, the twin is kept for the same boot."""
-        self._server = None
-        self._say("" if isinstance(error, ControlBlockMissing) else str(error))
-
     def _say(self, problem: str) -> None:
+        """Once per problem; views stay as they are, so nothing is lost while a file is unusable."""
         if problem and problem != self._problem:
             self._log.warning("control block not usable", why=problem)
         self._problem = problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -47,6 +48,16 @@ def is_alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state not in "ZX"
+
+
+def _server_class() -> Any:
+    path = Path(__file__).with_name("server_process.py")
+    spec = importlib.util.spec_from_file_location("server_process", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Server
 
 
 class ModelServer:
@@ -236,6 +247,12 @@ def start_server(run_dir: Path) -> Iterator[Callable[..., ModelServer]]:
     yield start
     for server in servers:
         server.kill()
+
+
+@pytest.fixture
+def server_class() -> Any:
+    """What `ModelServer` runs, in this process: made anew, it is the server's next boot."""
+    return _server_class()
 
 
 @pytest.fixture
