@@ -123,6 +123,8 @@ def _run(settings: DemoSettings) -> None:
     show(console, summary, out)
     if settings.as_json:
         sys.stdout.buffer.write(orjson.dumps(summary, option=orjson.OPT_INDENT_2) + b"\n")
+    if summary["mismatched_scores"] or summary["integrity_violations"]:
+        _fail("scores differ or invariants are broken: see summary.json", 1)
 
 
 class _Stopped(BaseException):

@@ -39,29 +39,29 @@ def find_optima(trace: Trace, result: ArmResult) -> dict[str, RegimeOptimum]:
 
     Every candidate is priced alike, by the mean of what the nodes declared their work to cost.
     """
-    if not result.described:
-        return {}
-    described = list(result.described.values())
-    info = described[0].info
-    nodes = result.records.texts["node"]
-    requests = [
-        SimRequest(
-            sample=sample_of(request, info),
-            regime=request.regime,
-            node=node,
-            settled=bool(trace.settled[index]),
-            arrival_s=float(trace.time_s[index]),
-        )
-        for index, node in enumerate(nodes)
-        if node in result.described and (request := trace.request(index))
-    ]
-    try:
-        sweep = static_sweep(requests, info, mean_costs([each.costs for each in described]))
-    except SweepError:
-        return {}
     optima: dict[str, RegimeOptimum] = {}
-    for node, regimes in sweep.by_node.items():
-        for each in regimes:
+    if not result.described:
+        return optima
+    costs = mean_costs([each.costs for each in result.described.values()])
+    nodes = np.array(result.records.texts["node"])
+    for node, described in result.described.items():
+        # Node by node: the fine grid then lies around this node's optima only.
+        requests = [
+            SimRequest(
+                sample=sample_of(request, described.info),
+                regime=request.regime,
+                node=node,
+                settled=bool(trace.settled[index]),
+                arrival_s=float(trace.time_s[index]),
+            )
+            for index in np.flatnonzero(nodes == node)
+            if (request := trace.request(int(index)))
+        ]
+        try:
+            sweep = static_sweep(requests, described.info, costs)
+        except SweepError:
+            continue
+        for each in sweep.by_node[node]:
             best = each.best_mean
             optima.setdefault(each.regime, RegimeOptimum({})).nodes[node] = NodeOptimum(
                 best.alpha,

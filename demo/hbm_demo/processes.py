@@ -58,6 +58,18 @@ class Process:
                 )
             time.sleep(_POLL_S)
 
+    def wait_done(self, timeout_s: float) -> None:
+        """Returns when it has ended well. Raises `ProcessFailed` otherwise."""
+        deadline = time.monotonic() + timeout_s
+        while (status := self.popen.poll()) is None:
+            if time.monotonic() > deadline:
+                raise ProcessFailed(
+                    f"{self.name} still runs after {timeout_s:.0f} s; its log is {self.log}"
+                )
+            time.sleep(_POLL_S)
+        if status != 0:
+            raise ProcessFailed(f"{self.name} ended {_told(status)}: {self.last_words()}")
+
     def check(self) -> None:
         """Raises `ProcessFailed` with the end of its log when it has ended."""
         status = self.popen.poll()
@@ -101,7 +113,7 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=sink if stdout is None else stdout,
                 stderr=sink,
-                env={**os.environ, **(environment or {})},
+                env=_inherited() | dict(environment or {}),
                 start_new_session=True,
                 preexec_fn=lambda: _follow(parent),
             )
@@ -196,6 +208,11 @@ def _held_signals() -> Iterator[None]:
             signal.signal(number, handler)
     for held in waiting:
         signal.raise_signal(held)
+
+
+def _inherited() -> dict[str, str]:
+    """Our environment without HBM_*: what the user set for other runs must not reach these."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("HBM_")}
 
 
 def _kill_group(pid: int, number: signal.Signals) -> None:

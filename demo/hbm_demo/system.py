@@ -84,6 +84,10 @@ def start_system(
             )
         )
     wait_redis(redis, redis_url)
+    # Beside the servers' own start: nothing to compile is left for the time under load.
+    kernels = processes.start(
+        "kernels", [sys.executable, "-m", "hbm_demo.warm"], environment=environment
+    )
     nodes = []
     for name, server in zip(names, servers, strict=True):
         ready = server.wait_ready(_READY_S)
@@ -95,6 +99,8 @@ def start_system(
                 directory / name,
             )
         )
+    kernels.wait_done(_READY_S)
+    processes.forget(kernels)
     waiting = []
     for node in nodes:
         command = [*hbm, "sidecar", "--run-dir", str(node.run_dir), "--node", node.name]

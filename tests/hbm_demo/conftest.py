@@ -38,7 +38,7 @@ def until() -> Callable[..., None]:
 @pytest.fixture
 def marked() -> Iterator[tuple[dict[str, str], Callable[[], list[int]]]]:
     """An environment with a mark, and a function that lists living processes bearing it."""
-    mark = f"HBM_TEST_MARK={uuid.uuid4().hex}"
+    mark = f"TEST_MARK={uuid.uuid4().hex}"
     name, value = mark.split("=")
 
     def living() -> list[int]:

@@ -108,6 +108,8 @@ def test_a_server_that_dies_ends_the_demo_with_its_name(tmp_path: Path, marked, 
 def test_two_demos_side_by_side(tmp_path: Path, marked) -> None:
     """The whole demo, short, while a second one runs with the same output folder."""
     environment, _ = marked
+    # What is set for other runs must not reach the demo's processes.
+    environment = environment | {"HBM_ALPHA": "7", "HBM_BACKENDS": "nonsense"}
     out = tmp_path / "out"
     command = [*HBM, "--out", str(out), "--json"]
     log = tmp_path / "log.csv"
