@@ -113,7 +113,7 @@ class EmbeddingCache:
             with self._lock:
                 self._order_streams()
                 found = [r.kind.index.lookup(r.ids, r.table.first_key, r.out) for r in requests]
-                if all(one.complete for one in found):
+                if not [one for one in found if not one.complete]:
                     return self._count(requests, found, [], [])
                 ticket = self._pushes.begin_read()
             try:
@@ -420,8 +420,9 @@ class EmbeddingCache:
     ) -> GatherStats:
         """Counts a gather; the lock is held."""
         stats = count_gather(len(self.classes), requests, found, missed, inserted)
-        for one in found:
-            one.learn()
+        if missed:
+            for one in found:
+                one.learn()
         for kind, n, m in zip(self.classes, stats.class_accesses, stats.class_misses, strict=True):
             kind.count(n, m)
         self._gathers += 1

@@ -13,7 +13,6 @@ from hbm_pool.host.tz_extents import resident
 from hbm_pool.host.tz_kernel import CONFLICTS, GHOST_HITS
 
 _NO_KEYS = np.empty(0, np.int64)
-_NO_BYTES = np.empty(0, np.uint8)
 _NO_PLACES = np.empty(0, np.int32)
 
 
@@ -76,7 +75,16 @@ class HostRowIndex:
         if rows.device.type == "cpu":
             flat = rows.as_strided((rows.shape[0] * rows.stride(0),), (1,))
             self._arena = as_flat_bytes(flat)
-        self._scratch = _Scratch(256)
+        self._view = self._batch_view(256)
+
+    def _batch_view(self, most_ids: int) -> row_copies.BatchView:
+        return row_copies.BatchView(
+            self.cache.tz,
+            0 if self._arena is None else self._rows.data_ptr(),
+            self._stride_bytes,
+            self._row_bytes,
+            most_ids,
+        )
 
     @property
     def num_extents(self) -> int:
@@ -91,29 +99,18 @@ class HostRowIndex:
         return self.cache.index_bytes
 
     def lookup(self, ids: torch.Tensor, first_key: int, out: torch.Tensor) -> HostFound:
-        wanted: Keys = ids.numpy() if ids.device.type == "cpu" else ids.cpu().numpy()
-        size = wanted.size
-        if size > self._scratch.size:
-            self._scratch = _Scratch(size)
-        scratch = self._scratch
+        wanted = ids if ids.is_cpu else ids.cpu()
+        size = wanted.shape[0]
+        if size > self._view.most_ids:
+            self._view = self._batch_view(size)
+        view = self._view
         on_host = self._arena is not None
         missed, waiting, hits = row_copies.gather_batch(
-            self.cache.tz,
-            wanted,
-            first_key,
-            self._arena if self._arena is not None else _NO_BYTES,
-            self._stride_bytes,
-            self._row_bytes,
-            as_flat_bytes(out) if on_host else _NO_BYTES,
-            scratch.slots,
-            scratch.seen,
-            scratch.missed,
-            scratch.missed_at,
-            scratch.missed_from,
+            view.table, wanted.data_ptr(), size, first_key, out.data_ptr() if on_host else 0
         )
         if not on_host and size:
             # A missed row reads slot 0 and is overwritten by `spread`.
-            places = self._to_device(np.maximum(scratch.slots[:size], 0))
+            places = self._to_device(np.maximum(view.slots[:size], 0))
             torch.index_select(self._rows, 0, places, out=out)
         if missed == 0:
             return HostFound(self, size, hits, _NO_KEYS, _NO_PLACES, _NO_PLACES, out)
@@ -121,9 +118,9 @@ class HostRowIndex:
             self,
             size,
             hits + missed,
-            scratch.missed[:missed].copy(),
-            scratch.missed_at[:waiting].copy(),
-            scratch.missed_from[:waiting].copy(),
+            view.missed[:missed].copy(),
+            view.missed_at[:waiting].copy(),
+            view.missed_from[:waiting].copy(),
             out,
         )
 
@@ -228,18 +225,6 @@ class HostRowIndex:
         pinned = torch.empty(values.shape, dtype=torch.int64, pin_memory=True)
         pinned.copy_(torch.from_numpy(values))
         return pinned.to(self._rows.device, non_blocking=True)
-
-
-class _Scratch:
-    """Buffers of a look-up of up to `size` ids, used again by the next one."""
-
-    def __init__(self, size: int) -> None:
-        self.size = 1 << (size - 1).bit_length()
-        self.slots = np.empty(self.size, np.int64)
-        self.seen = np.empty(2 * self.size, np.int32)
-        self.missed = np.empty(self.size, np.int64)
-        self.missed_at = np.empty(self.size, np.int32)
-        self.missed_from = np.empty(self.size, np.int32)
 
 
 def as_flat_bytes(rows: torch.Tensor) -> npt.NDArray[np.uint8]:

@@ -72,23 +72,26 @@ def count_gather(
     missed, in their order."""
     accesses = [0] * num_classes
     misses = [0] * num_classes
-    ghosts = conflicts = nbytes = 0
+    total = unique = missed_rows = ghosts = conflicts = nbytes = 0
     for request, one in zip(requests, found, strict=True):
         accesses[request.kind.number] += one.accesses
+        total += one.accesses
+        unique += one.unique
     if missed:
         became = iter(inserted)
         for request, keys in zip(requests, missed, strict=True):
             if keys.size:
                 result = next(became)
                 misses[request.kind.number] += keys.size
+                missed_rows += keys.size
                 ghosts += result.ghost_hits
                 conflicts += result.conflicts
                 nbytes += keys.size * request.kind.row_bytes
     return GatherStats(
-        accesses=sum(accesses),
-        unique=sum(one.unique for one in found),
-        hits=sum(accesses) - sum(misses),
-        misses=sum(misses),
+        accesses=total,
+        unique=unique,
+        hits=total - missed_rows,
+        misses=missed_rows,
         conflict_misses=conflicts,
         ghost_hits=ghosts,
         bytes=nbytes,

@@ -31,30 +31,29 @@ class RowRequest(NamedTuple):
 def row_request(
     kind: EmbClass, table: Table, ids: torch.Tensor, out: Mapping[str, torch.Tensor] | None
 ) -> RowRequest:
-    """Raises ValueError for ids that do not exist or a buffer that does not fit.
+    """Raises ValueError for ids that do not exist or a buffer that does not fit; `ids` contiguous.
 
     Ids on a GPU are not looked at: that would wait for it. The device index takes those that do
     not exist for row 0.
     """
-    name = table.name
     if ids.dtype != torch.int64 or ids.dim() != 1:
         raise ValueError(
-            f"ids of table {name!r} are {list(ids.shape)} {ids.dtype}; they must be [n] int64"
+            f"ids of table {table.name!r} are {list(ids.shape)} {ids.dtype}; they must be [n] int64"
         )
-    if ids.device.type == "cpu":
-        _check_ids(table, ids.numpy())
+    size = ids.shape[0]
+    if ids.is_cpu and any_outside(ids.data_ptr(), size, table.rows):
+        raise _outside(table, ids)
     if out is None:
         return RowRequest(kind, table, ids, ids)
-    if name not in out:
-        raise ValueError(f"there is no buffer for the rows of table {name!r}")
-    buffer = out[name]
-    shape = (ids.shape[0], kind.kind.width)
-    device = kind.device
-    fits = tuple(buffer.shape) == shape and buffer.dtype == kind.dtype
-    if not (fits and buffer.device == device and buffer.is_contiguous()):
+    buffer = out.get(table.name)
+    if buffer is None:
+        raise ValueError(f"there is no buffer for the rows of table {table.name!r}")
+    fits = buffer.shape == (size, kind.kind.width) and buffer.dtype == kind.dtype
+    if not (fits and buffer.device == kind.device and buffer.is_contiguous()):
         raise ValueError(
-            f"the buffer of table {name!r} is {list(buffer.shape)} {buffer.dtype} on "
-            f"{buffer.device}; it must be contiguous, {list(shape)} {kind.dtype} on {device}"
+            f"the buffer of table {table.name!r} is {list(buffer.shape)} {buffer.dtype} on "
+            f"{buffer.device}; it must be contiguous, {[size, kind.kind.width]} {kind.dtype} on "
+            f"{kind.device}"
         )
     return RowRequest(kind, table, ids, buffer)
 
@@ -79,18 +78,17 @@ def pushed_rows(
             f"pushed values of table {table.name!r} are {list(values.shape)} {values.dtype}; they "
             f"must be {shape} {kind.dtype}"
         )
-    _check_ids(table, numbers)
+    given = torch.from_numpy(numbers)
+    if any_outside(given.data_ptr(), numbers.size, table.rows):
+        raise _outside(table, given)
     distinct, from_end = np.unique(numbers[::-1], return_index=True)
     newest = torch.from_numpy(numbers.size - 1 - from_end)
     return distinct + table.first_key, values.detach().cpu()[newest].contiguous()
 
 
-def _check_ids(table: Table, ids: Keys) -> None:
-    if any_outside(ids, table.rows):
-        wrong = ids[(ids < 0) | (ids >= table.rows)][0]
-        raise ValueError(
-            f"table {table.name!r} has no row {int(wrong)}; its rows are 0..{table.rows - 1}"
-        )
+def _outside(table: Table, ids: torch.Tensor) -> ValueError:
+    wrong = int(ids[(ids < 0) | (ids >= table.rows)][0])
+    return ValueError(f"table {table.name!r} has no row {wrong}; its rows are 0..{table.rows - 1}")
 
 
 def index_for(shape: PoolShape, arena: Arena) -> IndexKind:

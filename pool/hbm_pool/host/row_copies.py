@@ -25,7 +25,7 @@ from hbm_pool.host.tz_kernel import (
     Tz,
     entry_slot,
     find,
-    touch,
+    wide,
 )
 
 Slots = npt.NDArray[np.int64]
@@ -59,50 +59,151 @@ def _ask(typingctx: Any, address: Any) -> Any:
     return types.void(types.uintp), generate
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(typingctx: Any, address: Any) -> Any:
+    """An address as an untyped pointer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.uintp), generate
+
+
+class BatchView:
+    """Addresses and sizes of all a look-up works on, in one array.
+
+    Compiled functions unbox every array they are given, some twenty here at .4 us each; handed
+    over as one they cost nothing. Keeps the arrays alive.
+    """
+
+    def __init__(
+        self, tz: Tz, arena: int, stride_bytes: int, row_bytes: int, most_ids: int
+    ) -> None:
+        self.most_ids = 1 << max(8, (most_ids - 1).bit_length())
+        self.slots = np.empty(self.most_ids, np.int64)
+        self.missed = np.empty(self.most_ids, np.int64)
+        self.missed_at = np.empty(self.most_ids, np.int32)
+        self.missed_from = np.empty(self.most_ids, np.int32)
+        self._seen = np.empty(2 * self.most_ids, np.int32)
+        self._marks = np.zeros((tz.words.size >> 6) + 1, np.int64)
+        self._tz = tz
+        arrays = (
+            *tz,
+            self.slots,
+            self.missed,
+            self.missed_at,
+            self.missed_from,
+            self._seen,
+            self._marks,
+        )
+        sizes = [value for array in arrays for value in (array.ctypes.data, array.size)]
+        self.table = np.array([arena, stride_bytes, row_bytes, *sizes], np.uint64)
+
+
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def any_outside(ids: Slots, rows: int) -> bool:
-    """Whether some id is not in 0..rows-1."""
+def any_outside(ids: int, size: int, rows: int) -> bool:
+    """Whether one of `size` int64 ids at an address is not in 0..rows-1."""
+    values = numba.carray(_pointer(np.uintp(ids)), (size,), np.int64)
     wrong = 0
-    for i in range(ids.size):
-        wrong |= (ids[i] < 0) | (ids[i] >= rows)
+    for i in range(size):
+        wrong |= (values[i] < 0) | (values[i] >= rows)
     return wrong != 0
+
+
+@numba.njit(nogil=True, cache=True, forceinline=True)  # type: ignore[untyped-decorator]
+def _array(table: npt.NDArray[np.uint64], number: int, dtype: Any) -> Any:
+    """Array `number` of a `BatchView`."""
+    size = np.int64(table[4 + 2 * number])
+    return numba.carray(_pointer(np.uintp(table[3 + 2 * number])), (size,), dtype)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def gather_batch(
+    view: npt.NDArray[np.uint64], ids_at: int, size: int, first_key: int, out_at: int
+) -> tuple[int, int, int]:
+    """Looks a batch up, one hit per distinct row, and copies what is hit to `out_at`.
+
+    `view` is a `BatchView.table` for at least `size` ids, which are int64 at `ids_at`. Its `slots`
+    become the slots, -1 for misses. With `out_at` 0 nothing is copied. Distinct missed keys come
+    in `missed[:m]`, and id `missed_at[i]` waits for the one in `missed_from[i]`, i < k.
+    -> (m, k, distinct hits).
+    """
+    arena = np.uintp(view[0])
+    stride = np.int64(view[1])
+    nbytes = np.int64(view[2])
+    tz = Tz(
+        _array(view, 0, np.uint32),
+        _array(view, 1, np.int64),
+        _array(view, 2, np.uint32),
+        _array(view, 3, np.int32),
+        _array(view, 4, np.int32),
+        _array(view, 5, np.int8),
+        _array(view, 6, np.int32),
+        _array(view, 7, np.int32),
+        _array(view, 8, np.int32),
+        _array(view, 9, np.int32),
+        _array(view, 10, np.int64),
+        _array(view, 11, np.int64),
+        _array(view, 12, np.int64),
+    )
+    slots = _array(view, 13, np.int64)
+    missed = _array(view, 14, np.int64)
+    missed_at = _array(view, 15, np.int32)
+    missed_from = _array(view, 16, np.int32)
+    scratch = _array(view, 17, np.int32)
+    marks = _array(view, 18, np.int64)
+    spots = 16
+    while spots < 2 * size:
+        spots *= 2
+    seen = scratch[:spots]
+    ids = numba.carray(_pointer(np.uintp(ids_at)), (size,), np.int64)
+    out = np.uintp(out_at)
+    counts: tuple[int, int, int] = _gather(
+        tz,
+        ids,
+        first_key,
+        arena,
+        stride,
+        nbytes,
+        out,
+        slots,
+        seen,
+        missed,
+        missed_at,
+        missed_from,
+        marks,
+    )
+    return counts
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
+def _gather(
     tz: Tz,
     ids: Slots,
     first_key: int,
-    arena: Bytes,
+    arena: int,
     stride: int,
     nbytes: int,
-    out: Bytes,
+    out: int,
     slots: Slots,
     seen: Places,
     missed: Slots,
     missed_at: Places,
     missed_from: Places,
+    marks: Slots,
 ) -> tuple[int, int, int]:
-    """Looks a batch up, one hit per distinct row, and copies what is hit to `out`.
-
-    `seen` is scratch, a power of two of at least twice the ids; `slots` becomes `[n]`, -1 for
-    misses. With an empty `out` nothing is copied. Distinct missed keys come in `missed[:m]`, and
-    id `missed_at[i]` waits for the one in `missed_from[i]`, i < k. -> (m, k, distinct hits).
-    """
-    seen[:] = 0
+    size = ids.size
+    entries = np.empty(BLOCK, np.int64)
     mask = seen.size - 1
     rows = tz.state[ROWS]
-    base = arena.ctypes.data
     words = tz.words.ctypes.data
-    target = out.ctypes.data
-    copied = out.size > 0
+    copied = out != 0
     lines = min(AHEAD_LINES * LINE_BYTES, nbytes)
-    entries = np.empty(BLOCK, np.int64)
     distinct = 0
     waiting = 0
     hits = 0
-    for start in range(0, ids.size, BLOCK):
-        stop = min(ids.size, start + BLOCK)
+    for start in range(0, size, BLOCK):
+        stop = min(size, start + BLOCK)
         for i in range(start, stop):
             place = find(tz, ids[i] + first_key)
             entry = tz.entries[place] if place >= 0 else 0
@@ -112,46 +213,44 @@ def gather_batch(
                 _ask(words + np.uintp(likely * 4))
                 if copied:
                     for line in range(0, lines, LINE_BYTES):
-                        _ask(base + np.uintp(likely * stride + line))
+                        _ask(arena + np.uintp(likely * stride + line))
         for i in range(start, stop):
             key = ids[i] + first_key
             slot = entry_slot(tz, entries[i - start], key)
             slots[i] = slot
-            # Repeated ids: slots are marked as they are, missed keys by their complement.
-            mark = slot + 1 if slot >= 0 else ~key
-            spot = ((mark * 0x9E3779B1) >> 15) & mask
-            while True:
-                held = seen[spot]
-                if held == 0:
-                    if slot >= 0:
-                        seen[spot] = mark
-                        touch(tz, slot)
-                        hits += 1
-                    else:
-                        seen[spot] = ~distinct
-                        missed[distinct] = key
-                        missed_at[waiting] = i
-                        missed_from[waiting] = distinct
-                        distinct += 1
-                        waiting += 1
-                    break
-                if slot >= 0:
-                    if held == mark:
-                        break
-                elif held < 0 and missed[~held] == key:
-                    missed_at[waiting] = i
-                    missed_from[waiting] = ~held
-                    waiting += 1
-                    break
+            if slot >= 0:
+                # One bit per slot tells repeated ids apart, without a branch to guess wrong.
+                bits = marks[slot >> 6]
+                first = ~(bits >> (slot & 63)) & 1
+                marks[slot >> 6] = bits | (1 << (slot & 63))
+                hits += first
+                word = wide(tz.words[slot])
+                if word & 3 != 3:
+                    tz.words[slot] = word + first
+                continue
+            if distinct == 0:
+                seen[:] = 0
+            spot = ((key * 0x9E3779B1) >> 15) & mask
+            while seen[spot] != 0 and missed[seen[spot] - 1] != key:
                 spot = (spot + 1) & mask
+            if seen[spot] == 0:
+                missed[distinct] = key
+                distinct += 1
+                seen[spot] = distinct
+            missed_at[waiting] = i
+            missed_from[waiting] = seen[spot] - 1
+            waiting += 1
         if copied:
             for i in range(start, stop):
                 if slots[i] >= 0:
                     _memcpy(
-                        target + np.uintp(i * nbytes),
-                        base + np.uintp(slots[i] * stride),
+                        out + np.uintp(i * nbytes),
+                        arena + np.uintp(slots[i] * stride),
                         np.uintp(nbytes),
                     )
+    for i in range(size):
+        if slots[i] >= 0:
+            marks[slots[i] >> 6] = 0
     tz.state[HITS] += hits
     tz.state[MISSES] += distinct
     return distinct, waiting, hits
