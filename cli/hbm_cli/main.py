@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Annotated, Any
 
@@ -79,9 +80,30 @@ def _root(
     """One GPU memory pool, two caches: embedding rows and per-user KV pages, split online."""
 
 
+_COMMAND_LINE_ERROR: Any = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
+"""Typer has no public name for what every wrong command line raises."""
+
+
 def main() -> None:
-    """Entry point of the `hbm` command."""
-    app()
+    """Entry point of the `hbm` command.
+
+    A wrong command line of any command is one line on stderr and exit 2, like every other wrong
+    configuration; a group that is given no command prints its help.
+    """
+    try:
+        status = app(standalone_mode=False)
+    except _COMMAND_LINE_ERROR as error:
+        status = error.exit_code
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else " ".join(["hbm", *sys.argv[1:2]])
+            text = " ".join(error.format_message().split()).rstrip(".")
+            typer.echo(f"{command}: {text}. See {command} --help.", err=True)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -5,25 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from typer.core import TyperCommand
-
-_USAGE_ERROR: type[Exception] = next(
-    base for base in typer.BadParameter.__mro__ if base.__name__ == "UsageError"
-)
-
-
-class _OneLine(TyperCommand):
-    """A wrong flag is one line on stderr and exit 2, as every other wrong configuration."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except _USAGE_ERROR as error:
-            text = error.format_message() if hasattr(error, "format_message") else str(error)
-            _fail(ctx.command_path, f"{text} See {ctx.command_path} --help.")
 
 
 def _fail(command: str, text: str) -> NoReturn:
@@ -46,7 +30,7 @@ sidecar = _app("sidecar")
 explain = _app("explain")
 
 
-@sidecar.command("sidecar", cls=_OneLine)
+@sidecar.command("sidecar")
 def run_sidecar(
     run_dir: Annotated[
         Path | None,
@@ -124,7 +108,7 @@ def run_sidecar(
         _fail("hbm sidecar", str(error))
 
 
-@explain.command("explain", cls=_OneLine)
+@explain.command("explain")
 def run_explain(
     run_dir: Annotated[
         Path, typer.Option(help="Run directory of the sidecar.", envvar="HBM_RUN_DIR")

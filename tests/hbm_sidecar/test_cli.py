@@ -31,10 +31,8 @@ def run(hbm_command, run_dir):
     ("flags", "said"),
     [
         (("--alpha-min", "0.8", "--alpha-max", "0.2"), "alpha"),
-        (("--alpha-min", "many"), "--alpha-min"),
         (("--mode", "turbo"), "--mode"),
         (("--mode", "fixed"), "ALPHA_FIXED"),
-        (("--no-such-flag",), "--no-such-flag"),
         (("--redis-url", "http://x", "--node-url", "http://n"), "--redis-url"),
         (("--redis-url", "redis://x"), "node_url"),
         (("--node", "a b"), "--node"),
