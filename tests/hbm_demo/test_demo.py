@@ -54,17 +54,19 @@ def test_a_scenario_beyond_the_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    ("stage", "sign"),
+    ("stage", "sign", "seconds"),
     [
-        ("start-up", "logs/adaptive/redis.log"),
-        ("servers start", "logs/adaptive/node-0-server.log"),
-        ("load", "logs/adaptive/load.log"),
-        ("tear-down", "requests-adaptive.parquet"),
+        ("start-up", "logs/adaptive/redis.log", "60"),
+        ("servers start", "logs/adaptive/node-0-server.log", "60"),
+        ("load", "logs/adaptive/load.log", "60"),
+        ("tear-down", "requests-adaptive.parquet", "6"),
     ],
 )
-def test_ctrl_c_leaves_no_process(tmp_path: Path, marked, until, stage: str, sign: str) -> None:
+def test_ctrl_c_leaves_no_process(
+    tmp_path: Path, marked, until, stage: str, sign: str, seconds: str
+) -> None:
     environment, living = marked
-    command = [*HBM, "--seconds", "6", "--nodes", "1", "--out", str(tmp_path / "out")]
+    command = [*HBM, "--seconds", seconds, "--nodes", "1", "--out", str(tmp_path / "out")]
     demo = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     reached = tmp_path / "out" / sign
     until(lambda: reached.exists() or demo.poll() is not None, f"the demo reaches {stage}", 120)
