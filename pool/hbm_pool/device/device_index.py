@@ -10,7 +10,8 @@ overwritten and the hand advances once per batch instead of once per row. What t
 rows, is the same; which rows stay differs a little. Runs on CPU tensors too.
 
 Counters come with the read-back of the next lookup: `Inserted` is always (0, 0) here, and ghost
-hits and conflicts show in `counters()` one batch late. Memory: 12 bytes per catalogue row and 5
+hits and conflicts show in `counters()` one batch late; `fill` on a GPU counts rows it was given
+room for, resident already or not. Memory: 12 bytes per catalogue row and 5
 per slot of the arena.
 """
 
@@ -111,6 +112,10 @@ class DeviceRowIndex:
     def index_bytes(self) -> int:
         return index_bytes(self._num_keys, self._rows.shape[0])
 
+    @property
+    def ghost_hits(self) -> int:
+        return self.zones.counters().ghost_hits
+
     def lookup(self, ids: torch.Tensor, first_key: int, out: torch.Tensor) -> DeviceFound:
         zones = self.zones
         count = ids.shape[0]
@@ -159,11 +164,15 @@ class DeviceRowIndex:
         return Inserted(0, 0)
 
     def fill(self, keys: Keys, rows: torch.Tensor) -> int:
-        if keys.size == 0 or not self.zones.fresh_extents:
+        room = min(keys.size, self.zones.free_slots())
+        if room == 0:
             return 0
         slots = self.zones.fill(self._upload(keys))
         self._store(slots, _plain(rows))
-        return int((slots >= 0).sum())
+        if self._rows.device.type == "cpu":
+            return int((slots >= 0).sum())
+        self.zones.note_filled(room)
+        return room
 
     def update(self, keys: Keys, rows: torch.Tensor) -> None:
         self._store(self.zones.slots_of(self._upload(keys)), _plain(rows))

@@ -51,6 +51,9 @@ class DeviceZones(ZoneTensors):
         """Of the lists: positions read back under another one are out of date."""
         self.told: Ints = np.zeros(STATE_SIZE, np.int64)
         """`state` as of the last read-back."""
+        self._list_buffers = [
+            torch.zeros(num_extents, dtype=torch.int64, device=device) for _ in range(3)
+        ]
         self._ring_list: list[int] = []
         self._main_list: list[int] = []
         self._fresh_list: list[int] = []
@@ -93,6 +96,10 @@ class DeviceZones(ZoneTensors):
         self._look()
         used = int(self.told[FRESH_POSITION])
         return max(0, len(self._fresh_list) * self.rows_per_extent - used)
+
+    def note_filled(self, count: int) -> None:
+        """Takes unused slots for used until a read-back tells."""
+        self.told[FRESH_POSITION] += count
 
     def extents(self) -> Extents:
         """All extents held, ascending."""
@@ -337,18 +344,24 @@ class DeviceZones(ZoneTensors):
             self._zone[self._indices(extents)] = kind
 
     def _upload_lists(self) -> None:
+        """Into buffers that stay where they are: work queued on another stream may still read."""
         self.version += 1
-        self._ring = self._indices(self._ring_list)
-        self._order = self._indices(self._main_list)
-        self._fresh = self._indices(self._fresh_list)
+        for buffer, extents in zip(
+            self._list_buffers, (self._ring_list, self._main_list, self._fresh_list), strict=True
+        ):
+            buffer[: len(extents)].copy_(self._indices(extents), non_blocking=True)
+        ring, order, fresh = self._list_buffers
+        self._ring = ring[: len(self._ring_list)]
+        self._order = order[: len(self._main_list)]
+        self._fresh = fresh[: len(self._fresh_list)]
 
     def _indices(self, extents: list[int]) -> torch.Tensor:
         return self._to_device(np.asarray(extents, dtype=np.int64))
 
     def _to_device(self, values: Ints) -> torch.Tensor:
         host = torch.from_numpy(values)
-        if self.device.type == "cpu":
-            return host
+        if self.device.type == "cpu" or values.size == 0:
+            return host.to(self.device)
         return host.pin_memory().to(self.device, non_blocking=True)
 
 

@@ -98,6 +98,10 @@ class HostRowIndex:
     def index_bytes(self) -> int:
         return self.cache.index_bytes
 
+    @property
+    def ghost_hits(self) -> int:
+        return int(self.cache.tz.state[GHOST_HITS])
+
     def lookup(self, ids: torch.Tensor, first_key: int, out: torch.Tensor) -> HostFound:
         wanted = ids if ids.is_cpu else ids.cpu()
         size = wanted.shape[0]

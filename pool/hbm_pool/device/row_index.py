@@ -76,6 +76,10 @@ class RowIndex(Protocol):
     def index_bytes(self) -> int:
         """Memory of the index, host or device."""
 
+    @property
+    def ghost_hits(self) -> int:
+        """Ghost hits so far, as in `counters`."""
+
     def lookup(self, ids: torch.Tensor, first_key: int, out: torch.Tensor) -> Found:
         """Looks rows up, `[n] int64` ids of the table whose keys begin at `first_key`; gathers
         those that are hit into `out`, `[n, width]`. One hit is counted per row and batch."""

@@ -67,6 +67,9 @@ class EmbClass:
             self.tables.append(Table(spec.name, table, first_key, store))
             first_key += spec.rows
         self.num_keys = first_key
+        whole = self.num_keys / kind.rows_per_extent
+        self._most_extents = math.ceil(whole * PROBATION_SPARE) + 1
+        self._table_bytes = self.num_keys * self.row_bytes
         self.index: RowIndex = self._make_index(index, arena)
         self.counts = RecentCounts(self.arena_rows.shape[0])
         self.price = float(self.row_bytes + ROW_PRICE_BYTES)
@@ -101,19 +104,18 @@ class EmbClass:
             self._ghosts_before += self._recent_ghosts() / 2
 
     def _recent_ghosts(self) -> float:
-        return self.index.counters().ghost_hits - self._ghosts_before
+        return self.index.ghost_hits - self._ghosts_before
 
     def demand(self) -> ClassDemand:
         """What the division of extents among the classes goes by."""
-        whole = self.num_keys / self.kind.rows_per_extent
         return ClassDemand(
             extents=self.index.num_extents,
             price=self.price,
             ghost_hits=self._recent_ghosts(),
             misses=self._recent_misses,
-            most=math.ceil(whole * PROBATION_SPARE) + 1,
+            most=self._most_extents,
             least=MIN_CLASS_EXTENTS,
-            table_bytes=self.num_keys * self.row_bytes,
+            table_bytes=self._table_bytes,
         )
 
     def staging(self, count: int) -> torch.Tensor:

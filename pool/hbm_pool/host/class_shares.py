@@ -93,6 +93,8 @@ def targets(
 
 def growth(classes: Sequence[ClassDemand], count: int) -> list[int]:
     """How many of `count` new extents each class gets; no class loses any."""
+    if len(classes) == 1:
+        return [count]
     now = [c.extents for c in classes]
     high = [max(c.extents, c.most, c.least) for c in classes]
     low = [max(c.extents, c.least) for c in classes]
@@ -112,6 +114,8 @@ def shrinkage(classes: Sequence[ClassDemand], count: int) -> list[int]:
     """How many of `count` extents each class gives up; classes keep their least if they can."""
     now = [c.extents for c in classes]
     count = min(count, sum(now))
+    if len(classes) == 1 or count == 0:
+        return [count, *[0] * (len(classes) - 1)]
     low = [min(c.extents, c.least) for c in classes]
     wanted = targets(classes, sum(now) - count, low, now)
     return [before - after for before, after in zip(now, wanted, strict=True)]
