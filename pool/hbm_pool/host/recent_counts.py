@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from hbm_pool.host.tz_kernel import Tz, lookup, wide
+from hbm_pool.host.tz_kernel import wide
 
 WAYS: Final = 8
 HALF_LIFE: Final = 4
@@ -58,26 +58,6 @@ def _note(
             clock[1] = (clock[1] + 1) % sets
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _missing(
-    held: npt.NDArray[np.uint32],
-    counts: npt.NDArray[np.uint16],
-    tz: Tz,
-    least: int,
-    keys: npt.NDArray[np.int64],
-    found: npt.NDArray[np.uint16],
-) -> int:
-    total = 0
-    for place in range(held.size):
-        if counts[place] >= least and held[place] != 0:
-            key = wide(held[place]) - 1
-            if lookup(tz, key) < 0:
-                keys[total] = key
-                found[total] = counts[place]
-                total += 1
-    return total
-
-
 class RecentCounts:
     """Counts of one width class, 6 bytes per place; places are bounded whatever the catalogue.
 
@@ -107,17 +87,3 @@ class RecentCounts:
         known = keys >= 0
         order = np.argsort(counts[known], kind="stable")[::-1]
         return keys[known][order], counts[known][order]
-
-    def missing(self, tz: Tz, limit: int, least: int) -> npt.NDArray[np.int64]:
-        """The hottest keys that are not in the cache and were counted at least that often.
-
-        May run beside changes of the cache: what it names is a candidate, no more.
-        """
-        keys = np.empty(self._held.size, np.int64)
-        counts = np.empty(self._held.size, np.uint16)
-        total = _missing(self._held, self._counts, tz, least, keys, counts)
-        keys, counts = keys[:total], counts[:total]
-        if total > limit:
-            hottest = np.argpartition(counts, total - limit)[total - limit :]
-            keys, counts = keys[hottest], counts[hottest]
-        return keys[np.argsort(counts, kind="stable")[::-1]]

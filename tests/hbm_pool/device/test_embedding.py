@@ -13,10 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hbm_pool.device.embedding import EmbeddingCache
+from hbm_pool.device.staging import staging_ring
 from hbm_pool.errors import RowStoreError
 from hbm_pool.host.config import TableSpec
 from hbm_pool.host.fences import EpochClock, Lane
+from hbm_pool.host.file_store import FileRowStore, create_file
 from hbm_pool.host.link import LinkModel
+from hbm_pool.host.row_store import seeded_rows
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -595,14 +599,39 @@ def test_bad_pushes_are_refused() -> None:
 
 def test_stores_must_fit_the_tables() -> None:
     world = EmbWorld(21)
-    from hbm_pool.device.embedding import EmbeddingCache
-
     stores = dict(world.stores)
     del stores["tiny"]
     with pytest.raises(ValueError, match="one store per table"):
         EmbeddingCache(world.shape, world.arena, stores)
     with pytest.raises(ValueError, match="table 'tiny' has 300 rows of 5 bytes, its store 1500"):
         EmbeddingCache(world.shape, world.arena, {**stores, "tiny": world.stores["item"]})
+
+
+def test_rows_come_from_a_file_through_a_bounded_ring(tmp_path: Path) -> None:
+    tables = (TableSpec("item", 5000, 16),)
+    path = tmp_path / "item.rows"
+    create_file(path, 5000, 64, lambda start, stop: seeded_rows(3, start, stop, 16))
+    world = EmbWorld(25, tables=tables)
+    store = FileRowStore(path, buffers=staging_ring("cpu", buffers=2, buffer_bytes=512))
+    cache = EmbeddingCache(world.shape, world.arena, {"item": store})
+    cache.grow(np.arange(30, dtype=np.int32))
+    whole = torch.from_numpy(seeded_rows(3, 0, 5000, 16))
+    for _ in range(20):
+        ids = torch.from_numpy(world.rng.integers(0, 5000, 300))
+        out = torch.empty(300, 16)
+        cache.gather({"item": ids}, {"item": out})
+        assert torch.equal(out, whole[ids])
+    cache.push_rows("item", torch.arange(100), torch.ones(100, 16))
+    out = torch.empty(100, 16)
+    cache.reset()
+    cache.gather({"item": torch.arange(100)}, {"item": out})
+    assert (out == 1.0).all()
+    assert cache.check_rows() == []
+    store.close()
+    with pytest.raises(RowStoreError, match="could not be read"):
+        cache.gather({"item": torch.arange(1000, 1200)}, {"item": torch.empty(200, 16)})
+    with pytest.raises(ValueError, match="0 staging buffers"):
+        staging_ring("cpu", buffers=0)
 
 
 def test_prices_must_fit_the_classes() -> None:

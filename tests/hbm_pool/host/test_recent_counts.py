@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from hbm_pool.host.recent_counts import MAX_PLACES, WAYS, RecentCounts
-from hbm_pool.host.replacement import TzCache
 
 
 def test_hottest_rows_come_first() -> None:
@@ -34,16 +33,6 @@ def test_old_heat_fades() -> None:
 def test_memory_is_bounded() -> None:
     assert RecentCounts(10**9).nbytes == MAX_PLACES * 6
     assert RecentCounts(1).nbytes % WAYS == 0
-
-
-def test_missing_names_what_is_not_in_the_cache() -> None:
-    cache = TzCache(1000, 1, max_extents=20, num_extents=20)
-    cache.access_many(np.arange(10, dtype=np.uint32))
-    counts = RecentCounts(100)
-    for times, key in ((9, 5), (8, 500), (7, 600), (1, 700)):
-        counts.note(np.full(times, key, np.int64))
-    assert counts.missing(cache.tz, 10, 2).tolist() == [500, 600]
-    assert counts.missing(cache.tz, 1, 2).tolist() == [500]
 
 
 def test_weight_counts_for_several() -> None:
