@@ -72,6 +72,9 @@ _CURVES: Final = Fields(
     CURVES,
     ("monotonic_ns", "boot_epoch", "points", "requests", "requests_lost", "warm"),
 )
+_unpack_telemetry: Final = _TELEMETRY.unpack_from
+_unpack_intent: Final = _INTENT.unpack_from
+_unpack_curves: Final = _CURVES.unpack_from
 _ALPHA_AT: Final = int(CURVES.fields["alpha"][1]) if CURVES.fields else 0
 _COST_AT: Final = int(CURVES.fields["cost_ms"][1]) if CURVES.fields else 0
 _HEAD_BYTES: Final = _ALPHA_AT
@@ -87,23 +90,9 @@ _new: Final = tuple.__new__
 """Makes a NamedTuple from its fields in order, in half the time of its own constructor."""
 
 
-class RecordView:
-    """The raw bytes of a record that is refreshed in place.
-
-    A view is kept while the same array is given again: making one of a record with many fields
-    costs more than reading all of it.
-    """
-
-    def __init__(self) -> None:
-        self._record: npt.NDArray[Any] | None = None
-        self._raw = memoryview(b"")
-
-    def raw(self, record: npt.NDArray[Any]) -> memoryview:
-        """Bytes of one contiguous record."""
-        if record is not self._record:
-            self._raw = record.reshape(1).view(np.uint8).data
-            self._record = record
-        return self._raw
+def _raw(record: npt.NDArray[Any]) -> memoryview:
+    """Bytes of one contiguous record, which follow it when it is refreshed in place."""
+    return record.reshape(1).view(np.uint8).data
 
 
 class Intake:
@@ -114,9 +103,10 @@ class Intake:
         self._bounds = (info.alpha_min, info.alpha_max)
         rows = [each.rows_per_extent for each in info.classes]
         self._rows_per_extent = (*rows, *([0] * (MAX_CLASSES - len(rows))))
-        self._telemetry = RecordView()
-        self._intent = RecordView()
-        self._curves = RecordView()
+        self._telemetry: npt.NDArray[Any] | None = None
+        self._intent: npt.NDArray[Any] | None = None
+        self._curves: npt.NDArray[Any] | None = None
+        self._raw_telemetry = self._raw_intent = self._raw_curves = memoryview(b"")
         self._known_head = b""
         self._known_curve = _curve(memoryview(bytes(CURVES.itemsize)), ())
 
@@ -135,12 +125,21 @@ class Intake:
         if telemetry is None:
             seen: tuple[Any, ...] = _NOTHING_SEEN
         else:
-            seen = _TELEMETRY.unpack_from(self._telemetry.raw(telemetry))
+            # The bytes are taken once per array: that costs more than reading all of them.
+            if telemetry is not self._telemetry:
+                self._raw_telemetry, self._telemetry = _raw(telemetry), telemetry
+            seen = _unpack_telemetry(self._raw_telemetry)
         if intent is None:
             wish: tuple[Any, ...] = _NOTHING_ASKED
         else:
-            wish = _INTENT.unpack_from(self._intent.raw(intent))
-        curve = None if curves is None else self._curve(self._curves.raw(curves))
+            if intent is not self._intent:
+                self._raw_intent, self._intent = _raw(intent), intent
+            wish = _unpack_intent(self._raw_intent)
+        curve: Curve | None = None
+        if curves is not None:
+            if curves is not self._curves:
+                self._raw_curves, self._curves = _raw(curves), curves
+            curve = self._curve(self._raw_curves)
         (
             monotonic_ns,
             epoch,
@@ -201,7 +200,7 @@ class Intake:
 
 def read_curve(record: npt.NDArray[Any]) -> Curve:
     """The part of a record of dtype CURVES that a decision needs."""
-    return _curve(RecordView().raw(record), ())
+    return _curve(_raw(record), ())
 
 
 def _curve(raw: memoryview, known_alpha: tuple[float, ...]) -> Curve:
@@ -209,12 +208,13 @@ def _curve(raw: memoryview, known_alpha: tuple[float, ...]) -> Curve:
 
     Candidates that are those of the curve before are the same tuple: they are compared here, once.
     """
-    monotonic_ns, boot_epoch, points, requests, lost, warm = _CURVES.unpack_from(raw)
+    monotonic_ns, boot_epoch, points, requests, lost, warm = _unpack_curves(raw)
     packed = _POINTS[points if 0 <= points <= MAX_CURVE_POINTS else 0]
     alpha = packed(raw, _ALPHA_AT)
     cost_ms = packed(raw, _COST_AT)
     if alpha == known_alpha:
         alpha = known_alpha
-    if not all(0.0 < each < math.inf for each in cost_ms):
+    # A NaN anywhere makes the sum one, and every comparison with it false.
+    if not cost_ms or not 0.0 < min(cost_ms) <= sum(cost_ms) < math.inf:
         alpha = cost_ms = ()
     return _new(Curve, (monotonic_ns, boot_epoch, requests, lost, warm, alpha, cost_ms))
