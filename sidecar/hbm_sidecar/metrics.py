@@ -57,6 +57,8 @@ class SidecarMetrics:
         self.block_errors = counter(
             "control_block_errors", "Control block files refused.", ("file",)
         )
+        for file in ("server.cb", "sidecar.cb"):
+            self.block_errors.labels(file)  # 0 until the first: an increase from nothing is unseen
         # Residency.
         self.residency_users = gauge("residency_users", "Users mirrored as resident.")
         self.residency_exact = gauge("residency_exact", "0 from a gap until the next snapshot.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ import pytest
 import redis as redis_client
 
 DEADLINE_S = 60.0
+POLL_S = 0.05
 
 
 def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
@@ -32,7 +34,7 @@ def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEAD
             return value
         if time.monotonic() > until:
             pytest.fail(f"not within {deadline_s:.0f} s: {what}; last value {value!r}")
-        time.sleep(0.02)
+        time.sleep(POLL_S)
 
 
 def free_port() -> int:
@@ -153,9 +155,11 @@ class Sidecar:
             env=os.environ | {"NUMBA_NUM_THREADS": "1"},
         )  # fmt: skip
         self._control = httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(run_dir / "admin.sock")),
+            # Reading the certificates of the machine costs more than all else in a request.
+            transport=httpx.HTTPTransport(uds=str(run_dir / "admin.sock"), verify=False),
             base_url="http://sidecar",
         )
+        self._public = httpx.Client(verify=False)
 
     def wait_ready(self) -> dict[str, Any]:
         wait_until(
@@ -166,7 +170,7 @@ class Sidecar:
 
     def public(self, path: str) -> httpx.Response:
         port = self.wait_ready()["port"]
-        return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=DEADLINE_S)
+        return self._public.get(f"http://127.0.0.1:{port}{path}", timeout=DEADLINE_S)
 
     def control(self, method: str, path: str, **more: Any) -> httpx.Response:
         self.wait_ready()
@@ -179,9 +183,19 @@ class Sidecar:
         except httpx.TransportError:
             return {}
 
+    def ready(self) -> bool:
+        """Whether it says so; not while admin is away."""
+        try:
+            return self.public("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
     def metric(self, name: str) -> float:
-        """Sum of all samples of a metric."""
-        lines = self.public("/metrics").text.splitlines()
+        """Sum of all samples of a metric; NaN, which equals nothing, while admin is away."""
+        try:
+            lines = self.public("/metrics").text.splitlines()
+        except httpx.TransportError:
+            return math.nan
         found = [line for line in lines if line.split("{")[0].split(" ")[0] == name]
         assert found, f"no metric {name}"
         return sum(float(line.rsplit(" ", 1)[1]) for line in found)
@@ -198,6 +212,7 @@ class Sidecar:
             self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(DEADLINE_S)
         self._control.close()
+        self._public.close()
         self._output.close()
         return code
 
@@ -229,11 +244,39 @@ def run_dir(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[Redis]:
-    server = Redis(tmp_path)
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    server = Redis(tmp_path_factory.mktemp("redis"))
     yield server
     server.close()
+
+
+@pytest.fixture(scope="module")
+def shared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Sidecar]:
+    """One sidecar for all tests of a module, which names its `SHARED_FLAGS`.
+
+    A test may kill what the sidecar or Redis bring back, and has a server of its own.
+    """
+    directory = tmp_path_factory.mktemp("shared")
+    flags = [*request.module.SHARED_FLAGS]
+    if "{redis}" in flags:
+        flags[flags.index("{redis}")] = request.getfixturevalue("redis").url
+    (directory / "run").mkdir()
+    sidecar = Sidecar(directory / "run", directory / "sidecar.log", *flags)
+    yield sidecar
+    assert sidecar.stop() == 0
+
+
+@pytest.fixture
+def pair(shared: Sidecar) -> Iterator[tuple[Sidecar, ModelServer]]:
+    """The shared sidecar as it was started, and a new server."""
+    wait_until(shared.state, "admin answers")
+    shared.control("DELETE", "/v1/partition")
+    server = ModelServer(shared.run_dir)
+    yield shared, server
+    server.kill()
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ fields = st.dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.one_of(st.binary(max_size=100), fields.map(lambda value: json.dumps(value).encode())))
 def test_no_body_makes_it_fail(tmp_path_factory: pytest.TempPathFactory, body: bytes) -> None:
     config = SidecarConfig(run_dir=tmp_path_factory.getbasetemp())

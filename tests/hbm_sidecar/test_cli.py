@@ -85,16 +85,6 @@ def test_a_run_dir_that_cannot_be_made(run, tmp_path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_second_sidecar_in_the_same_directory(run, start_sidecar, run_dir) -> None:
-    first = start_sidecar()
-    first.wait_ready()
-    result = run("sidecar", "--run-dir", str(run_dir), "--port", "0")
-    assert result.returncode == 2
-    assert str(first.process.pid) in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-    assert first.public("/healthz").status_code == 200
-
-
 def test_help_names_every_flag_of_the_contract(run) -> None:
     text = run("sidecar", "--help").stdout
     flags = (
@@ -105,12 +95,17 @@ def test_help_names_every_flag_of_the_contract(run) -> None:
         assert flag in text
 
 
-def test_explain_over_the_socket_and_from_the_file(
+def test_a_second_sidecar_and_explain_over_the_socket_and_from_the_file(
     run, start_sidecar, start_server, wait_for, run_dir
 ) -> None:
     running = start_sidecar("--mode", "fixed", "--alpha-fixed", "0.48", "--tick-ms", "50")
     server = start_server()
     wait_for(lambda: abs(server.tell()["alpha"] - 0.48) < 0.01, "converged")
+    second = run("sidecar", "--run-dir", str(run_dir), "--port", "0")
+    assert second.returncode == 2
+    assert str(running.process.pid) in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+    assert running.public("/healthz").status_code == 200
     live = run("explain", "--run-dir", str(run_dir), "--last", "5", "--json")
     assert live.returncode == 0
     decisions = json.loads(live.stdout)
