@@ -128,14 +128,18 @@ def serve(
         loaded = load_config(config, given)
         if ready_file is not None and not ready_file.parent.is_dir():
             raise ConfigError(f"--ready-file: {ready_file.parent} is not a directory")
+        if ready_file is not None and ready_file.is_dir():
+            raise ConfigError(f"--ready-file: {ready_file} is a directory; name a file in it")
         # Torch is imported only once the file is known to be sound.
         from hbm_serving.engine import Engine
         from hbm_serving.memory import pool_config
-        from hbm_serving.server import bind
+        from hbm_serving.server import bind, claim_run_dir
         from hbm_serving.server import serve as serve_until_stopped
 
         if loaded.server.cache:
             pool_config(loaded)
+        if run_dir is not None:
+            claim_run_dir(run_dir)
         public, admin = bind(host, port), bind(admin_host, admin_port)
         engine = Engine(loaded, device=device, run_dir=run_dir, node=node or socket.gethostname())
     except (ConfigError, MemoryError) as error:

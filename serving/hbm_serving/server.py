@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -52,6 +53,27 @@ def bind(host: str, port: int) -> socket.socket:
         ) from error
     bound.setblocking(False)
     return bound
+
+
+def claim_run_dir(run_dir: Path) -> int | None:
+    """Holds `server.lock` in `run_dir` until the process ends; the descriptor that holds it.
+
+    A second server would replace the control block of the first, which nobody would then hear.
+    Raises `ConfigError` when a server runs there. None when the directory cannot be written:
+    then the engine serves without a control block, and says so.
+    """
+    try:
+        descriptor = os.open(run_dir / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ConfigError(
+            f"--run-dir: {run_dir} already has a server; stop it or use another directory"
+        ) from error
+    return descriptor
 
 
 def _configure(app: FastAPI, engine: Engine) -> uvicorn.Config:

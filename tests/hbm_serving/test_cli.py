@@ -95,6 +95,25 @@ def test_wrong_configuration_ends_the_process_with_2() -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_a_directory_as_ready_file_is_refused(tmp_path: Path) -> None:
+    said = refused("--config", "tiny", "--ready-file", str(tmp_path))
+    assert said == (f"hbm serve: --ready-file: {tmp_path} is a directory; name a file in it\n")
+
+
+def test_a_run_directory_has_one_server(serve: Callable[..., Served], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    first = serve("--run-dir", str(run_dir))
+    said = refused("--config", "tiny", "--port", "0", "--run-dir", str(run_dir))
+    assert f"{run_dir} already has a server" in said
+    assert said.count("\n") == 1
+    assert httpx.post(f"{first.url}/v1/rank", json=BODY).status_code == 200
+    first.process.kill()
+    first.process.wait(30)
+    second = serve("--run-dir", str(run_dir))  # what was killed holds nothing
+    assert httpx.post(f"{second.url}/v1/rank", json=BODY).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
