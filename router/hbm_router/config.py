@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -143,6 +144,20 @@ class RouterSettings(BaseSettings):
     def _redis_url(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(REDIS_SCHEMES):
             raise ValueError(f"{value!r} is not a Redis address; write redis://HOST:PORT/DB")
+        if value is not None:
+            try:
+                _ = urlsplit(value).port
+            except ValueError as error:
+                raise ValueError(f"{value!r} is not a Redis address ({error})") from error
+        return value
+
+    @field_validator("ready_file")
+    @classmethod
+    def _ready_file(cls, value: Path | None) -> Path | None:
+        if value is not None and value.is_dir():
+            raise ValueError(f"{str(value)!r} is a directory; name a file in it")
+        if value is not None and not value.parent.is_dir():
+            raise ValueError(f"{str(value.parent)!r} is not a directory; make it first")
         return value
 
     @field_validator("backends")
