@@ -93,6 +93,10 @@ class SidecarConfig(Partition, BaseSettings):
                 f"{value.split('@')[-1][:60]!r} is no Redis URL; use redis://HOST:PORT/DB, "
                 "rediss:// or unix:///PATH"
             )
+        try:
+            _ = urlsplit(value).port
+        except ValueError as error:
+            raise ValueError(f"{value.split('@')[-1][:60]!r} is no Redis URL ({error})") from error
         return value
 
     @field_validator("node_url")

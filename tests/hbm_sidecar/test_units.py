@@ -12,6 +12,7 @@ import pytest
 from hbm_policy import Reason
 from hbm_pool.contracts.records import DECISION, TELEMETRY
 from hbm_sidecar.explain import explained, human_line, reason_codes, to_json
+from hbm_sidecar.launch import LaunchError, configuration
 from hbm_sidecar.metrics import SidecarMetrics
 from hbm_sidecar.node_state import MIN_REQUESTS, RateWindow
 from hbm_sidecar.pace import Pace
@@ -35,6 +36,14 @@ def test_deadlines_keep_their_raster_however_late_one_comes(start, period, delay
         pace.advance(max(now, before))
         assert (pace.due_ns - start) % period == 0
         assert max(now, before) < pace.due_ns <= max(now, before) + period
+
+
+@pytest.mark.parametrize("port", ["bad", "99999"])
+def test_a_redis_url_with_no_port_is_refused_without_its_password(tmp_path, port) -> None:
+    wrong = {"run_dir": tmp_path, "node_url": "http://n:1"}
+    with pytest.raises(LaunchError, match=r"--redis-url: 'h:\w+' is no Redis URL") as refused:
+        configuration({**wrong, "redis_url": f"redis://:secret@h:{port}"})
+    assert "secret" not in str(refused.value)
 
 
 def test_a_shorter_period_counts_at_once() -> None:
