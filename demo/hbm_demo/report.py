@@ -22,7 +22,7 @@ table { border-collapse: collapse; font-size: .9rem; width: 100%; }
 th, td { text-align: right; padding: .3rem .55rem; border-bottom: 1px solid var(--line);
   white-space: nowrap; font-variant-numeric: tabular-nums; }
 th { font-weight: 600; color: var(--soft); }
-th:first-child, td:first-child, td.text { text-align: left; }
+th:first-child, td:first-child, .text { text-align: left; }
 tr.first td { border-top: 2px solid var(--line); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .6rem;
   margin: 1rem 0; }
@@ -147,7 +147,10 @@ def _table(summary: dict[str, Any]) -> str:
                 for place, cell in enumerate(cells)
             )
             rows.append(f"<tr{kind}>{text}</tr>")
-    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
+    titles = "".join(
+        f"<th{' class=text' if place == 1 else ''}>{escape(title)}</th>"
+        for place, title in enumerate(head)
+    )
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
