@@ -155,7 +155,7 @@ class Decider:
             wishes.refresh()
         # Each side is followed by itself: one may fail where the other has succeeded.
         if block is None or block.replaced():
-            self._attach(SidecarBlock.open(self._run_dir))
+            self._attach(SidecarBlock.open(self._run_dir), wishes.read_decisions(1))
         if wishes.read_intent(self._intent):
             self._known_intent = self._intent
             wished_ms = float(self._intent["tick_ms"])
@@ -164,14 +164,17 @@ class Decider:
         if wishes.read_curves(self._curves):
             self._known_curves = self._curves
 
-    def _attach(self, block: SidecarBlock) -> None:
-        """Go on where the process before this one ended: generations and ticks only grow."""
+    def _attach(self, block: SidecarBlock, newest: npt.NDArray[Any]) -> None:
+        """Go on where the process before this one ended: generations and ticks only grow.
+
+        `newest`: the newest decision in the log, or none.
+        """
         self._block = block
         self._pack_command = _packer(block.command)
         self._pack_decision = _packer(block.decision)
         self._state = self._state._replace(
             generation=max(self._state.generation, int(block.command["generation"])),
-            tick=max(self._state.tick, int(block.decision["tick"])),
+            tick=max(self._state.tick, *newest["tick"].tolist(), 0),
         )
 
     def _prepare_server(self) -> None:

@@ -133,6 +133,19 @@ def test_decide_writes_into_the_file_that_is_there(config, server_class, run_dir
     assert newest_generation(second) >= generation
 
 
+def test_a_restarted_decide_goes_on_counting(config, server_class, run_dir, wish) -> None:
+    server_class(run_dir, seed=1).cycle()
+    view = replaced(run_dir)
+    wish()
+    for _ in range(2):
+        decider = Decider(config, LOG)
+        for _ in range(5):
+            decided(decider, view)
+    decisions = view.read_decisions(10)
+    assert decisions["tick"].tolist() == list(range(1, 11))
+    assert np.all(np.diff(decisions["generation"].astype(int)[decisions["generation"] > 0]) >= 0)
+
+
 def test_decide_reopens_its_side_when_the_other_side_was_quicker(
     config, server_class, run_dir, wish
 ) -> None:
