@@ -6,10 +6,9 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from hbm_demo.settings import DemoSettings
@@ -25,23 +24,7 @@ app = typer.Typer(
 )
 
 
-_USAGE_ERROR: type[Exception] = next(
-    base for base in typer.BadParameter.__mro__ if base.__name__ == "UsageError"
-)
-
-
-class _OneLine(TyperCommand):
-    """A wrong flag is one line on stderr and exit 2, as every other wrong configuration."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except _USAGE_ERROR as error:
-            text = error.format_message() if hasattr(error, "format_message") else str(error)
-            _fail(f"{text} See hbm demo --help.", 2)
-
-
-@app.command("demo", cls=_OneLine)
+@app.command("demo")
 def demo(
     seconds: Annotated[
         float, typer.Option(help="Length of all load together; the arms share it equally.")
