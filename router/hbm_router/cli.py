@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Annotated, Any
 
 import typer
@@ -29,7 +30,8 @@ def _complaint(error: Any) -> str:
     name = str(problem["loc"][0])
     given = problem.get("input")
     shown = f" (got {given!r})" if not message.startswith(("backend", repr(given))) else ""
-    return f"--{name.replace('_', '-')}: {message}{shown}"
+    line = f"--{name.replace('_', '-')}: {message}{shown}"
+    return re.sub(r"//[^@/\s]*@", "//…@", line)  # a URL may carry a password
 
 
 def _run(**flags: Any) -> None:

@@ -65,6 +65,13 @@ def test_wrong_configuration_exits_2_with_one_line(flags: tuple[str, ...], words
         assert word in result.stderr
 
 
+def test_a_refused_redis_url_keeps_its_password() -> None:
+    result = run(*GOOD, "--redis-url", "redis://user:s3cret@h:bad")
+    assert result.returncode == 2
+    assert "redis://…@h:bad" in result.stderr
+    assert "s3cret" not in result.stderr
+
+
 def test_unknown_flags_and_policies_exit_2() -> None:
     assert run(*GOOD, "--no-such-flag").returncode == 2
     result = run(*GOOD, "--policy", "best")
