@@ -3,7 +3,10 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-export NUMBA_CACHE_DIR ?= $(HOME)/.cache/hbm-partition/numba
+# numba notices a changed file, but not a changed kernel that another file has compiled in: a cache
+# per state of the kernels' sources.
+KERNELS := $(shell cat pool/hbm_pool/host/*.py policy/hbm_policy/*.py sim/hbm_sim/*.py | cksum | cut -d' ' -f1)
+export NUMBA_CACHE_DIR ?= $(HOME)/.cache/hbm-partition/numba/$(KERNELS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint types imports unit bench clean
