@@ -170,8 +170,7 @@ def run(quick: bool, seed: int, device: str = "cpu") -> dict[str, Any]:
     requests = make_requests(base, rounds * per_round, seed)
     warm_up = make_requests(base, per_round, seed + 1)
     engines = {
-        name: Engine(load_config("demo", {"server.device": device, **change}))
-        for name, change in _ARMS.items()
+        name: Engine(load_config("demo", change), device=device) for name, change in _ARMS.items()
     }
     answers: dict[str, list[_Answer]] = {name: [] for name in engines}
     seconds = dict.fromkeys(engines, 0.0)
