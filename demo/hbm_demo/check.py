@@ -47,7 +47,7 @@ def problems(summary: dict[str, Any]) -> Iterator[str]:
         yield f"α* shifts by {shift} between regimes, less than {MIN_SHIFT}"
     for label, found in summary["alpha_star"].items():
         # Where the curve is flat, an α̂ on its plateau is as good as α* (docs/demo.md).
-        distance = found["plateau_distance"]
+        distance = found["distance"]
         if distance is None or distance > MAX_ANCHOR_DISTANCE:
             yield (
                 f"{label}: the settled α̂ {found['alpha_hat']} is {distance} from α* "

@@ -153,7 +153,7 @@ def test_a_good_summary_passes_and_each_fault_is_named(summary: dict, tmp_path: 
         "kv_users is 0": lambda s: s["evictions"].update(kv_users=0),
         "moves_down is 0": lambda s: s["alpha"].update(moves_down=0),
         "less than 0.2": lambda s: s.update(alpha_star_shift=0.1),
-        "burst: the settled": lambda s: s["alpha_star"]["burst"].update(plateau_distance=0.11),
+        "burst: the settled": lambda s: s["alpha_star"]["burst"].update(distance=0.11),
         "fields are missing: versions": lambda s: s.pop("versions"),
         "adaptive/trend: without kv_hit_rate": lambda s: s["arms"]["adaptive"]["regimes"][
             "trend"
