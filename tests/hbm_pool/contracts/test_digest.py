@@ -198,7 +198,7 @@ def test_every_flipped_bit_and_every_cut_is_noticed(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda blob: b"XXXX" + blob[4:], DigestReason.FOREIGN),
+        (lambda blob: b"ELF\x7f" + blob[4:], DigestReason.FOREIGN),
         (lambda blob: blob[:4] + b"\x02\x00" + blob[6:], DigestReason.VERSION),
         (lambda blob: blob + b"\0", DigestReason.CRC),
         (lambda blob: blob[:-1] + bytes([blob[-1] ^ 1]), DigestReason.CRC),
