@@ -9,27 +9,23 @@ import csv
 import gzip
 import io
 import json
-import math
 import zlib
 from collections.abc import Iterator
-from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from hbm_load.errors import LogError
 from hbm_load.histories import StoredHistories
+from hbm_load.log_times import TimeUnit, WrittenTime, unix_seconds, written_time
+from hbm_load.quoting import Rejected, shortened
 from hbm_load.trace import Trace, earlier_sum
 
-TimeUnit = Literal["auto", "s", "ms", "us", "ns"]
-
-_UNIT_S = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 _QUOTED = 10
 _MAX_LINE_BYTES = 4 << 20
 _MAX_ITEMS_PER_LINE = 100_000
-_LATEST_UNIX_S = 2.0**42
 
 
 class LogColumns(NamedTuple):
@@ -41,7 +37,7 @@ class LogColumns(NamedTuple):
     items: str = "items"
     """One item, or several: separated by spaces, `|`, `;` or `,`, or a JSON (Parquet: any) list."""
     time_unit: TimeUnit = "auto"
-    """`auto` tells s, ms, us and ns apart by their size (Unix times after 1973)."""
+    """`auto` tells s, ms, us and ns apart by the size of most times (Unix times after 1973)."""
 
 
 DEFAULT_COLUMNS = LogColumns()
@@ -65,8 +61,11 @@ class LogTrace(NamedTuple):
     report: LogReport
 
 
-class _Rejected(Exception):
-    """Why a line is left out."""
+class _Line(NamedTuple):
+    number: int
+    time: WrittenTime
+    user: str
+    items: tuple[str, ...]
 
 
 class _Visit(NamedTuple):
@@ -95,33 +94,41 @@ def read_log(
     """
     if candidates < 1 or parts < 1:
         raise LogError(f"candidates {candidates} and parts {parts} must be at least 1")
-    visits: list[_Visit] = []
-    quoted: list[str] = []
-    lines = rejected = 0
+    usable: list[_Line] = []
+    rejected: list[tuple[int, str]] = []
+    lines = 0
     rows = _parquet_rows if path.suffix == ".parquet" else _text_rows
     try:
         for number, row in rows(path, columns):
             lines += 1
             try:
-                if isinstance(row, _Rejected):
+                if isinstance(row, Rejected):
                     raise row
-                visits.append(_visit(row, columns.time_unit))
-            except _Rejected as reason:
-                rejected += 1
-                if len(quoted) < _QUOTED:
-                    quoted.append(f"line {number}: {reason}")
+                time, user, items = row
+                usable.append(_Line(number, written_time(time), _user(user), _items(items)))
+            except Rejected as reason:
+                rejected.append((number, str(reason)))
     except (OSError, EOFError, zlib.error) as error:
         raise LogError(f"{path}: cannot be read ({error}); is it a complete file?") from error
+    visits: list[_Visit] = []
+    times = unix_seconds([line.time for line in usable], columns.time_unit)
+    for line, time_s in zip(usable, times, strict=True):
+        if isinstance(time_s, Rejected):
+            rejected.append((line.number, str(time_s)))
+        else:
+            visits.append(_Visit(time_s, line.user, line.items))
+    rejected.sort()
+    quoted = tuple(f"line {number}: {reason}" for number, reason in rejected[:_QUOTED])
     if not visits:
         first = f"; {quoted[0]}" if quoted else ""
         raise LogError(f"{path}: no usable line among {lines}{first}")
-    if rejected * 2 > lines:
+    if len(rejected) * 2 > lines:
         raise LogError(
-            f"{path}: {rejected} of {lines} lines cannot be used; {quoted[0]}. Correct the file or "
-            "name its columns"
+            f"{path}: {len(rejected)} of {lines} lines cannot be used; {quoted[0]}. "
+            "Correct the file or name its columns"
         )
     trace, first_visits, folded = _trace(path.stem, visits, catalogue, candidates, parts, seed)
-    return LogTrace(trace, LogReport(lines, rejected, tuple(quoted), first_visits, folded))
+    return LogTrace(trace, LogReport(lines, len(rejected), quoted, first_visits, folded))
 
 
 def _trace(
@@ -194,7 +201,7 @@ def _candidates(
 
 def _text_rows(
     path: Path, columns: LogColumns
-) -> Iterator[tuple[int, tuple[Any, Any, Any] | _Rejected]]:
+) -> Iterator[tuple[int, tuple[Any, Any, Any] | Rejected]]:
     """(line number, raw values or why not) of each line after the header."""
     opened = gzip.open if path.suffix == ".gz" else open
     delimiter = "\t" if ".tsv" in path.suffixes else ","
@@ -202,7 +209,7 @@ def _text_rows(
         lines = enumerate(_bounded_lines(stream), start=1)
         _, first = next(lines, (1, b""))
         header = _split_line(first.removeprefix(b"\xef\xbb\xbf"), delimiter)
-        if isinstance(header, _Rejected):
+        if isinstance(header, Rejected):
             raise LogError(f"{path}: line 1: {header}; it must name the columns")
         header = [field.strip() for field in header]
         wanted = (columns.time, columns.user, columns.items)
@@ -219,7 +226,7 @@ def _text_rows(
             fields = _split_line(line, delimiter)
             if isinstance(fields, list):
                 if len(fields) != len(header):
-                    yield number, _Rejected(f"has {len(fields)} fields, the header {len(header)}")
+                    yield number, Rejected(f"has {len(fields)} fields, the header {len(header)}")
                 else:
                     yield number, (fields[places[0]], fields[places[1]], fields[places[2]])
             else:
@@ -236,27 +243,27 @@ def _bounded_lines(stream: io.BufferedIOBase | gzip.GzipFile | Any) -> Iterator[
                 break
 
 
-def _split_line(line: bytes, delimiter: str) -> list[str] | _Rejected:
+def _split_line(line: bytes, delimiter: str) -> list[str] | Rejected:
     """Fields of one line. A quoted field must end on its line, so that one bad quote costs one
     line and not the rest of the file."""
     if len(line) == _MAX_LINE_BYTES:
-        return _Rejected(f"is longer than {_MAX_LINE_BYTES} bytes")
+        return Rejected(f"is longer than {_MAX_LINE_BYTES} bytes")
     try:
         text = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        return _Rejected(f"is not UTF-8 at byte {error.start}")
+        return Rejected(f"is not UTF-8 at byte {error.start}")
     if "\0" in text:
-        return _Rejected("holds a NUL byte")
+        return Rejected("holds a NUL byte")
     csv.field_size_limit(_MAX_LINE_BYTES)
     try:
         return next(csv.reader([text], delimiter=delimiter, strict=True), [])
     except (csv.Error, StopIteration) as error:
-        return _Rejected(f"is not CSV ({error})")
+        return Rejected(f"is not CSV ({error})")
 
 
 def _parquet_rows(
     path: Path, columns: LogColumns
-) -> Iterator[tuple[int, tuple[Any, Any, Any] | _Rejected]]:
+) -> Iterator[tuple[int, tuple[Any, Any, Any] | Rejected]]:
     """(row number from 1, raw values)."""
     import pyarrow
     import pyarrow.parquet
@@ -282,62 +289,18 @@ def _parquet_rows(
         raise LogError(f"{path}: not a readable Parquet file ({reason})") from error
 
 
-def _visit(row: tuple[Any, Any, Any], unit: TimeUnit) -> _Visit:
-    time, user, items = row
-    return _Visit(_seconds(time, unit), _user(user), _items(items))
-
-
-def _seconds(value: Any, unit: TimeUnit) -> float:
-    """Unix seconds of a number or a date."""
-    written = value
-    if isinstance(value, str):
-        text = value.strip()
-        try:
-            value = float(text)
-        except ValueError:
-            try:
-                value = datetime.fromisoformat(text)
-            except ValueError:
-                raise _Rejected(
-                    f"time is {_short(value)}, neither a number nor an ISO 8601 date"
-                ) from None
-    if isinstance(value, date) and not isinstance(value, datetime):
-        value = datetime(value.year, value.month, value.day)
-    if isinstance(value, datetime):
-        zoned = value if value.tzinfo else value.replace(tzinfo=UTC)
-        seconds = (zoned - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds()
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = _scaled(float(value), unit)
-    else:
-        raise _Rejected(f"time is {_short(value)}, neither a number nor a date")
-    if not 0.0 <= seconds <= _LATEST_UNIX_S:
-        raise _Rejected(f"time is {_short(written)}; it must be a Unix time from 0 on")
-    return seconds
-
-
-def _scaled(value: float, unit: TimeUnit) -> float:
-    if not math.isfinite(value):
-        raise _Rejected(f"time is {value}")
-    if unit != "auto":
-        return value * _UNIT_S[unit]
-    for name, least in (("ns", 1e17), ("us", 1e14), ("ms", 1e11)):
-        if value >= least:
-            return value * _UNIT_S[name]
-    return value
-
-
 def _user(value: Any) -> str:
     if value is None or isinstance(value, float | list | dict | bool):
-        raise _Rejected(f"user is {_short(value)}; it must be text or a whole number")
+        raise Rejected(f"user is {shortened(value)}; it must be text or a whole number")
     try:
         text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
         size = len(text.strip().encode("utf-8"))
     except UnicodeError:
-        raise _Rejected("user is not UTF-8 text") from None
+        raise Rejected("user is not UTF-8 text") from None
     if not 1 <= size <= 256:
-        raise _Rejected(f"user has {size} bytes; 1 to 256 are possible")
+        raise Rejected(f"user has {size} bytes; 1 to 256 are possible")
     if not text.isprintable():
-        raise _Rejected(f"user is {_short(text)}; it must be printable to go into a header")
+        raise Rejected(f"user is {shortened(text)}; it must be printable to go into a header")
     return text.strip()
 
 
@@ -349,7 +312,7 @@ def _items(value: Any) -> tuple[str, ...]:
             try:
                 parsed = json.loads(text)
             except (ValueError, RecursionError):
-                raise _Rejected(f"items is {_short(text)}, not a JSON list") from None
+                raise Rejected(f"items is {shortened(text)}, not a JSON list") from None
             parts = parsed if isinstance(parsed, list) else [parsed]
         else:
             for mark in "|;,":
@@ -360,15 +323,10 @@ def _items(value: Any) -> tuple[str, ...]:
     else:
         parts = [value]
     if not parts:
-        raise _Rejected("items is empty")
+        raise Rejected("items is empty")
     if len(parts) > _MAX_ITEMS_PER_LINE:
-        raise _Rejected(f"items has {len(parts)} entries, more than {_MAX_ITEMS_PER_LINE}")
+        raise Rejected(f"items has {len(parts)} entries, more than {_MAX_ITEMS_PER_LINE}")
     for part in parts:
         if not isinstance(part, int | str) or isinstance(part, bool) or part == "":
-            raise _Rejected(f"items holds {_short(part)}; each must be text or a whole number")
+            raise Rejected(f"items holds {shortened(part)}; each must be text or a whole number")
     return tuple(str(part) for part in parts)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -116,6 +116,50 @@ def test_a_bad_line_is_counted_quoted_and_costs_no_other(
     assert len(trace) == 3
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "1700000000000000,ann,6",
+            "line 6: time is '1700000000000000', which would be in us; the file's times are in s",
+        ),
+        ("99999999999,ann,6", "line 6: time is '99999999999', more than 8000 s away from the"),
+        ("0,ann,6", "line 6: time is '0', more than 8000 s away from the other times"),
+        ("9999-12-31,ann,6", "line 6: time is '9999-12-31', more than 8000 s away from the"),
+        ("1e300,ann,6", "line 6: time is '1e300', which would be in ns; the file's times are in s"),
+    ],
+)
+def test_one_absurd_time_does_not_stretch_the_replay(tmp_path: Path, line: str, said: str) -> None:
+    trace, report = read_log(write(tmp_path / "log.csv", GOOD + line + "\n"), candidates=3)
+    assert report.rejected == 1
+    assert report.quoted[0].startswith(said)
+    assert trace.duration_s == 4.0
+
+
+def test_all_numbers_of_a_file_have_one_unit(tmp_path: Path) -> None:
+    """Milliseconds from early 1973 on are as large as seconds of the far future."""
+    times = [99_999_999_000 + 500 * i for i in range(2)] + [
+        100_000_000_000 + 500 * i for i in range(6)
+    ]
+    lines = [f"{time},ann,{i}" for i, time in enumerate(times)]
+    text = "\n".join(["time,user,items", *lines]) + "\n"
+    columns = LogColumns(time_unit="ms")
+    trace, report = read_log(write(tmp_path / "log.csv", text), columns)
+    assert (report.rejected, trace.duration_s) == (0, 3.5 - 0.5)
+    guessed, report = read_log(write(tmp_path / "log.csv", text))
+    assert report.rejected == 2
+    assert guessed.duration_s == 2.0
+
+
+def test_a_quiet_tail_of_days_after_a_busy_hour_is_kept(tmp_path: Path) -> None:
+    busy = [1_700_000_000 + 12 * i for i in range(300)]
+    quiet = [1_700_000_000 + 86_400 * day for day in (1, 2, 3)]
+    lines = [f"{time},u{i % 5},{i % 11}" for i, time in enumerate([*busy, *quiet])]
+    text = "\n".join(["time,user,items", *lines]) + "\n"
+    _, report = read_log(write(tmp_path / "log.csv", text))
+    assert report.rejected == 0
+
+
 def test_bytes_that_are_not_text_are_one_bad_line(tmp_path: Path) -> None:
     raw = GOOD.encode() + b"1700000000,\xff\xfe,1\n"
     _, report = read_log(write(tmp_path / "log.csv", raw))
