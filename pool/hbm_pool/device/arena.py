@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from pathlib import Path
 from typing import Final
 
@@ -126,7 +128,9 @@ def _reserve_cpu(nbytes: int) -> torch.Tensor:
     available = available_host_bytes()
     if available is None or nbytes <= available:
         try:
-            return torch.zeros(nbytes, dtype=torch.uint8).fill_(0)
+            storage = torch.empty(nbytes, dtype=torch.uint8)
+            _ask_for_huge_pages(storage.data_ptr(), nbytes)
+            return storage.fill_(0)
         except RuntimeError as error:
             if "memory" not in str(error):
                 raise
@@ -136,6 +140,23 @@ def _reserve_cpu(nbytes: int) -> torch.Tensor:
         + (f" to at most {available}" if available is not None else "")
         + ", or raise the memory limit of this process"
     )
+
+
+def _ask_for_huge_pages(address: int, nbytes: int) -> None:
+    """Asks the kernel for 2 MiB pages before the memory is touched: a gather reads rows all over
+    the arena, and with 4 KiB pages most of its time is address translation.
+
+    Best effort: where the system has no huge pages the arena works with small ones.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (address + nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if length > 0:
+        libc = ctypes.CDLL(None)
+        libc.madvise(
+            ctypes.c_void_p(first), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_HUGEPAGE)
+        )
 
 
 def available_host_bytes() -> int | None:

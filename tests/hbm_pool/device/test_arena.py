@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,3 +120,21 @@ def test_on_cuda_the_arena_is_its_own_and_exact() -> None:
     assert arena.base_pointer == base
     with pytest.raises(ArenaMemoryError, match="are free"):
         Arena(1 << 20, 2 << 20, "cuda")
+
+
+def test_memory_is_asked_for_in_huge_pages_where_there_are_any() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this system has no transparent huge pages")
+    arena = Arena(8, 2 << 20)
+    advised = False
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if head:
+            first, last = (int(part, 16) for part in head.groups())
+            middle = arena.base_pointer + arena.nbytes // 2
+            inside = first <= middle < last
+        elif inside and line.startswith("VmFlags:"):
+            advised = "hg" in line.split()
+    assert advised
