@@ -38,6 +38,9 @@ LINE_BYTES: Final = 64
 AHEAD_LINES: Final = 4
 """Cache lines of a row that are asked for ahead; the hardware follows from there."""
 
+SHORT_BYTES: Final = 256
+"""Rows of whole cache lines up to this size are copied in place: a call of memcpy costs as much."""
+
 _memcpy = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.uintp, types.uintp))
 
 
@@ -67,6 +70,29 @@ def _pointer(typingctx: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
 
     return types.voidptr(types.uintp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _copy_line(typingctx: Any, target: Any, source: Any) -> Any:
+    """Copies the 64 bytes at `source` to `target`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        half = ir.VectorType(ir.IntType(64), 4)
+        places = [builder.inttoptr(address, half.as_pointer()) for address in arguments]
+        for number in range(2):
+            step = ir.Constant(ir.IntType(32), number)
+            value = builder.load(builder.gep(places[1], [step]), align=1)
+            builder.store(value, builder.gep(places[0], [step]), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.uintp, types.uintp), generate
+
+
+@numba.njit(nogil=True, cache=True, forceinline=True)  # type: ignore[untyped-decorator]
+def _copy_lines(target: int, source: int, nbytes: int) -> None:
+    """Copies whole cache lines."""
+    for line in range(0, nbytes, LINE_BYTES):
+        _copy_line(target + np.uintp(line), source + np.uintp(line))
 
 
 class BatchView:
@@ -198,6 +224,7 @@ def _gather(
     rows = tz.state[ROWS]
     words = tz.words.ctypes.data
     copied = out != 0
+    short = nbytes <= SHORT_BYTES and nbytes % LINE_BYTES == 0
     lines = min(AHEAD_LINES * LINE_BYTES, nbytes)
     distinct = 0
     waiting = 0
@@ -240,7 +267,13 @@ def _gather(
             missed_at[waiting] = i
             missed_from[waiting] = seen[spot] - 1
             waiting += 1
-        if copied:
+        if copied and short:
+            for i in range(start, stop):
+                if slots[i] >= 0:
+                    _copy_lines(
+                        out + np.uintp(i * nbytes), arena + np.uintp(slots[i] * stride), nbytes
+                    )
+        elif copied:
             for i in range(start, stop):
                 if slots[i] >= 0:
                     _memcpy(
@@ -248,9 +281,12 @@ def _gather(
                         arena + np.uintp(slots[i] * stride),
                         np.uintp(nbytes),
                     )
-    for i in range(size):
-        if slots[i] >= 0:
-            marks[slots[i] >> 6] = 0
+    if marks.size < 2 * size:
+        marks[:] = 0
+    else:
+        for i in range(size):
+            if slots[i] >= 0:
+                marks[slots[i] >> 6] = 0
     tz.state[HITS] += hits
     tz.state[MISSES] += distinct
     return distinct, waiting, hits
