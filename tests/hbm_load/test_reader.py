@@ -124,7 +124,7 @@ def test_a_bad_line_is_counted_quoted_and_costs_no_other(
             "line 6: time is '1700000000000000', which would be in us; the file's times are in s",
         ),
         ("99999999999,ann,6", "line 6: time is '99999999999', more than 8000 s away from the"),
-        ("0,ann,6", "line 6: time is '0', more than 8000 s away from the other times"),
+        ("0,ann,6", "line 6: time is '0', more than 5000 s away from the other times"),
         ("9999-12-31,ann,6", "line 6: time is '9999-12-31', more than 8000 s away from the"),
         ("1e300,ann,6", "line 6: time is '1e300', which would be in ns; the file's times are in s"),
     ],
