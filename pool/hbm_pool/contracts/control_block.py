@@ -61,6 +61,7 @@ __all__ = [
     "ServerView",
     "SidecarBlock",
     "SidecarView",
+    "StampedWriter",
     "age_s",
 ]
 
@@ -275,10 +276,10 @@ class SidecarBlock:
     def __init__(self, file: MappedFile) -> None:
         self._file = file
         self.boot_epoch = file.boot_epoch
-        self._command = _StampedWriter(file.region("command"), COMMAND)
+        self._command = StampedWriter(file.region("command"), COMMAND)
         self._decisions = decision_log.DecisionLogWriter(file.region("decisions"))
-        self._intent = _StampedWriter(file.region("intent"), INTENT)
-        self._curves = _StampedWriter(file.region("curves"), CURVES)
+        self._intent = StampedWriter(file.region("intent"), INTENT)
+        self._curves = StampedWriter(file.region("curves"), CURVES)
         self._snapshot_request = SlotWriter(file.region("snapshot_request"), _WORD)
         self.command: npt.NDArray[Any] = self._command.record
         """Staging record of `write_command`: filled in place, it is written without a copy."""
@@ -367,7 +368,7 @@ class SidecarView(_View):
         return int(self._word["count"])
 
 
-class _StampedWriter(SlotWriter):
+class StampedWriter(SlotWriter):
     """A record whose `monotonic_ns` says when it was written."""
 
     def __init__(self, region: memoryview, dtype: np.dtype[Any]) -> None:
@@ -375,6 +376,7 @@ class _StampedWriter(SlotWriter):
         self._stamp = self.word("monotonic_ns")
 
     def publish(self, record: npt.NDArray[Any]) -> None:
+        """Stamps and writes a record; its own staging record without a copy."""
         self.load(record)
         self._stamp[0] = time.monotonic_ns()
         self.write()
