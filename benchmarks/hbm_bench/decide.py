@@ -87,7 +87,6 @@ class Bench:
         curves["alpha"][:POINTS] = alpha
         curves["cost_ms"][:POINTS] = (5.0 + 8.0 * (alpha - best) ** 2) * noise
         self._sidecar.write_curves(curves)
-        self.decider.prepare()
 
     def latency(self) -> tuple[float, float]:
         """(decision, tick due -> stored) of the newest decision, µs, as it went into the log."""
@@ -133,6 +132,7 @@ def _hot(bench: Bench, dry: int, count: int) -> dict[str, Any]:
     latencies, dry_us = [], []
     for _ in range(count):
         bench.publish()
+        bench.decider.prepare()
         began_ns = clock_ns()
         for _ in range(dry):
             bench.decider.dry()
@@ -147,21 +147,21 @@ def _hot(bench: Bench, dry: int, count: int) -> dict[str, Any]:
 
 
 def _paced(bench: Bench, rate_hz: float, dry: int, count: int) -> dict[str, Any]:
-    """Ticks on an absolute raster; what is left of the lead after the dry decisions is spun."""
+    """Ticks on an absolute raster, met as the process meets them."""
+    from hbm_sidecar.decide import Metronome
+
     clock_ns = time.monotonic_ns
-    period_ns, lead_ns = int(1e9 / rate_hz), 2_000_000
+    metronome = Metronome(bench.decider, clock_ns, dry)
+    period_ns, publish_ns = int(1e9 / rate_hz), 2_000_000
     latencies, lateness, dry_us = [], [], []
     due_ns = clock_ns() + period_ns
     for _ in range(count):
+        lead_ns = metronome.lead_ns + publish_ns
         time.sleep(max(0.0, (due_ns - lead_ns - clock_ns()) / 1e9))
         bench.publish()
-        began_ns = clock_ns()
-        for _ in range(dry):
-            bench.decider.dry()
-        dry_us.append((clock_ns() - began_ns) / 1e3)
-        while clock_ns() < due_ns:
-            pass
-        bench.decider.tick(due_ns)
+        time.sleep(max(0.0, (due_ns - metronome.lead_ns - clock_ns()) / 1e9))
+        metronome.meet(due_ns)
+        dry_us.append(metronome.rehearsed_ns / 1e3)
         decision_us, due_us = bench.latency()
         latencies.append(decision_us)
         lateness.append(due_us)
@@ -227,6 +227,7 @@ def run(quick: bool, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), seed)
         bench.publish()
+        bench.decider.prepare()
         for _ in range(300):
             bench.decider.dry()
         with _no_collector():

@@ -47,7 +47,7 @@ class TwinAnchor:
 
     def __init__(self, config: AnchorConfig) -> None:
         self.config = config
-        self._stale_ns = int(config.stale_ms * _NS_PER_MS)
+        self._stale_ns = int(config.curve_stale_ms * _NS_PER_MS)
 
     def estimate(
         self, reading: Reading, state: PolicyState, low: float, high: float, newest_only: bool

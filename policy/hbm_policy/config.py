@@ -1,21 +1,26 @@
-"""Parameters of the decision. Every field says its unit and what 0 means."""
+"""Parameters of the decision. Every field says its unit and what 0 means.
+
+The names are unique over all layers: the sidecar takes each as a flag and an environment variable.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import BaseModel, ConfigDict, Field
 
-_STRICT: Final = ConfigDict(extra="forbid")
+_STRICT: Final = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+_MAX_MS: Final = 3.6e6
+"""No time of the decision is longer than an hour."""
 
 
-@dataclass(frozen=True, config=_STRICT)
-class AnchorConfig:
+class AnchorConfig(BaseModel):
     """Layer 0: from the twin's curve to α̂."""
+
+    model_config = _STRICT
 
     smoothing_requests: NonNegative = 128.0
     """Requests after which an old curve counts for 37 %. 0: only the newest curve counts."""
@@ -26,19 +31,20 @@ class AnchorConfig:
     """As `keep_gain`, in ms per request; both must be exceeded. 0: only the share counts."""
     min_warm: Share = 0.8
     """The anchor is trusted when this share of the virtual caches is warm. 0: from the start."""
-    stale_ms: Positive = 2000.0
+    curve_stale_ms: Annotated[Positive, Field(le=_MAX_MS)] = 2000.0
     """A curve older than this is no evidence; α̂ stays and no new move starts."""
 
 
-@dataclass(frozen=True, config=_STRICT)
-class ShieldConfig:
+class ShieldConfig(BaseModel):
     """The last layer: what may be commanded, how fast, how often."""
 
-    stale_ms: Positive = 2000.0
+    model_config = _STRICT
+
+    stale_ms: Annotated[Positive, Field(le=_MAX_MS)] = 2000.0
     """Telemetry older than this: the server is dead, nothing is decided."""
-    clock_slack_ms: NonNegative = 50.0
+    clock_slack_ms: Annotated[NonNegative, Field(le=_MAX_MS)] = 50.0
     """Telemetry may be this far in the future (it was written while we read). 0: not at all."""
-    move_fraction: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] = 0.75
+    move_fraction: Annotated[Share, Field(gt=0.0)] = 0.75
     """Part of the way from α to the anchor that one move goes: an abrupt full move costs more
     than it brings. 1: all of it."""
     slew_per_s: Positive = 0.05
@@ -54,16 +60,21 @@ class ShieldConfig:
     than either split. 0: no dwell."""
     dwell_double_change: Positive = 0.3
     """A move of this |Δα| doubles the dwell that follows it, twice of it triples it."""
-    dwell_ms: NonNegative = 1000.0
+    dwell_ms: Annotated[NonNegative, Field(le=_MAX_MS)] = 1000.0
     """Least time between moves, whatever the traffic. 0: accesses alone count."""
     refill_link_busy: Share = 0.9
     """Refill is paused when the link is busy for more than this share of the time; below it the
     budget shrinks with the idle share. 1: never paused. 0: only on an idle link."""
 
 
-@dataclass(frozen=True, config=_STRICT)
-class PolicyConfig:
+class PolicyConfig(BaseModel):
     """All layers that decide."""
+
+    model_config = _STRICT
 
     anchor: AnchorConfig = AnchorConfig()
     shield: ShieldConfig = ShieldConfig()
+
+    def flat(self) -> dict[str, Any]:
+        """Every parameter by its name."""
+        return self.anchor.model_dump() | self.shield.model_dump()

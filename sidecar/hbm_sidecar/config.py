@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
+from hbm_policy import AnchorConfig, PolicyConfig, ShieldConfig
+from hbm_pool.contracts.names import check_name
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -17,13 +18,16 @@ from hbm_sidecar.partition import Partition
 
 ENV_PREFIX: Final = "HBM_"
 ADMIN_SOCKET: Final = "admin.sock"
-_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 _MAX_SOCKET_PATH = 107  # sun_path of Linux without its terminating zero
 
 
-class SidecarConfig(Partition, BaseSettings):
-    """All settings of `hbm sidecar`. The fields of `Partition` are the wish it starts with."""
+class SidecarConfig(Partition, AnchorConfig, ShieldConfig, BaseSettings):
+    """All settings of `hbm sidecar`.
+
+    The fields of `Partition` are the wish it starts with, those of `AnchorConfig` and
+    `ShieldConfig` the parameters of the decision.
+    """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True)
 
@@ -43,9 +47,6 @@ class SidecarConfig(Partition, BaseSettings):
     host: str = Field("127.0.0.1", description="Address of /healthz, /readyz and /metrics.")
     port: int = Field(9400, ge=0, le=65535, description="Their port; 0: any free one.")
     ready_file: Path | None = Field(None, description="Written once the sidecar serves.")
-    stale_ms: float = Field(
-        2000.0, gt=0.0, le=600_000.0, description="Telemetry older than this: the server is dead."
-    )
     heartbeat_ms: float = Field(
         250.0, ge=20.0, le=60_000.0, description="Time between two heartbeats to Redis."
     )
@@ -79,10 +80,14 @@ class SidecarConfig(Partition, BaseSettings):
     @field_validator("node", "namespace")
     @classmethod
     def _name(cls, value: str) -> str:
-        if not _NAME.fullmatch(value):
-            raise ValueError(
-                f"{value[:60]!r} is no name; use letters, digits, '.', '_', '-', at most 253"
-            )
+        return check_name(value)
+
+    @field_validator("policy_file")
+    @classmethod
+    def _policy_file_is_a_file(cls, value: Path | None) -> Path | None:
+        # One that is not there yet may come later.
+        if value is not None and value.exists() and not value.is_file():
+            raise ValueError(f"{value} is not a file; name the JSON file of a partition")
         return value
 
     @field_validator("redis_url")
@@ -122,6 +127,17 @@ class SidecarConfig(Partition, BaseSettings):
     def partition(self) -> Partition:
         """The wish it starts with."""
         return Partition(**{name: getattr(self, name) for name in Partition.model_fields})
+
+    def policy(self) -> PolicyConfig:
+        """The parameters of the decision."""
+        return PolicyConfig(
+            anchor=AnchorConfig(
+                **{name: getattr(self, name) for name in AnchorConfig.model_fields}
+            ),
+            shield=ShieldConfig(
+                **{name: getattr(self, name) for name in ShieldConfig.model_fields}
+            ),
+        )
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """`inherited` with every setting in it, so that a child reads the same configuration."""

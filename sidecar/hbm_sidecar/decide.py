@@ -22,10 +22,8 @@ from hbm_policy import (
     Decision,
     Intake,
     Policy,
-    PolicyConfig,
     PolicyState,
     Reason,
-    ShieldConfig,
 )
 from hbm_pool.contracts.control_block import (
     ControlBlockError,
@@ -33,8 +31,9 @@ from hbm_pool.contracts.control_block import (
     ServerView,
     SidecarBlock,
     SidecarView,
+    StampedWriter,
 )
-from hbm_pool.contracts.record_slots import SlotWriter, slots_bytes
+from hbm_pool.contracts.record_slots import slots_bytes
 from hbm_pool.contracts.records import COMMAND, CURVES, INTENT, TELEMETRY
 
 from hbm_sidecar.config import SidecarConfig
@@ -90,7 +89,7 @@ class Decider:
     ) -> None:
         self.period_ns = int(config.tick_ms * 1e6)
         self._run_dir = config.run_dir
-        self._policy = Policy(PolicyConfig(shield=ShieldConfig(stale_ms=config.stale_ms)))
+        self._policy = Policy(config.policy())
         self._log = log
         self._clock_ns = clock_ns
         self._telemetry = np.zeros((), dtype=TELEMETRY)
@@ -104,7 +103,7 @@ class Decider:
         self._wishes: SidecarView | None = None
         self._block: SidecarBlock | None = None
         # Dry decisions store their command where nobody reads it, by the same code.
-        self._dry_writer = SlotWriter(memoryview(bytearray(slots_bytes(COMMAND))), COMMAND)
+        self._dry_writer = StampedWriter(memoryview(bytearray(slots_bytes(COMMAND))), COMMAND)
         self._pack_dry = _packer(self._dry_writer.record)
         self._pack_command = self._pack_decision = self._pack_dry
         self._said_dead = 0
@@ -122,7 +121,7 @@ class Decider:
         decision = self._decide(self._clock_ns())
         if decision is not None:
             _fill_command(self._pack_dry, 0, decision)
-            self._dry_writer.write()
+            self._dry_writer.publish(self._dry_writer.record)
 
     def _decide(self, now_ns: int) -> Decision | None:
         """Read telemetry and decide; None while there is no server's file."""
@@ -224,36 +223,60 @@ class Decider:
 
 
 class Metronome:
-    """Wakes shortly before each tick, prepares, runs dry, and decides when it is due."""
+    """Wakes shortly before each tick, prepares, runs dry, and decides when it is due.
 
-    def __init__(self, decider: Decider, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+    Dry decisions end when the tick is due, not when it woke: in between caches cool down again.
+    `dry`: how many.
+    """
+
+    def __init__(
+        self,
+        decider: Decider,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+        dry: int = DRY_DECISIONS,
+    ) -> None:
         self._decider = decider
         self._clock_ns = clock_ns
-        self._lead_ns = LEAD_MAX_NS
+        self._dry = dry
+        self._ready_ns = LEAD_MIN_NS
+        self._rehearsal_ns = 0
+        self.rehearsed_ns = 0
+        """What the dry decisions before the newest tick took, together."""
+
+    @property
+    def lead_ns(self) -> int:
+        """How long before a tick to wake."""
+        lead_ns = 2 * (self._ready_ns + self._rehearsal_ns)
+        return min(LEAD_MAX_NS, max(LEAD_MIN_NS, lead_ns))
 
     def run(self) -> None:
         """Until SIGTERM, which must be blocked: it is waited for instead of slept."""
         clock_ns, decider = self._clock_ns, self._decider
         pace = Pace(clock_ns(), decider.period_ns)
         while True:
-            sleep_s = max(0.0, (pace.due_ns - self._lead_ns - clock_ns()) / 1e9)
+            sleep_s = max(0.0, (pace.due_ns - self.lead_ns - clock_ns()) / 1e9)
             if signal.sigtimedwait((signal.SIGTERM,), sleep_s) is not None:
                 return
-            woke_ns = clock_ns()
-            decider.prepare()
-            for _ in range(DRY_DECISIONS):
-                decider.dry()
-            self._learn_lead(clock_ns() - woke_ns)
-            while clock_ns() < pace.due_ns:
-                pass
-            decider.tick(pace.due_ns)
+            self.meet(pace.due_ns)
             pace.change(clock_ns(), decider.period_ns)
             pace.advance(clock_ns())
 
-    def _learn_lead(self, took_ns: int) -> None:
-        """Wake so early that getting ready is done in time, but do not spin for long."""
-        wanted = min(LEAD_MAX_NS, max(LEAD_MIN_NS, 2 * took_ns))
-        self._lead_ns += (wanted - self._lead_ns) // 4
+    def meet(self, due_ns: int) -> None:
+        """Get ready, spin until the dry decisions fit in exactly, run them, decide at `due_ns`."""
+        clock_ns, decider = self._clock_ns, self._decider
+        woke_ns = clock_ns()
+        decider.prepare()
+        self._ready_ns += (clock_ns() - woke_ns - self._ready_ns) // 4
+        while clock_ns() < due_ns - self._rehearsal_ns:
+            pass
+        began_ns = clock_ns()
+        for _ in range(self._dry):
+            decider.dry()
+        self.rehearsed_ns = clock_ns() - began_ns
+        self._rehearsal_ns += (self.rehearsed_ns - self._rehearsal_ns) // 4
+        while clock_ns() < due_ns:
+            pass
+        decider.tick(due_ns)
 
 
 def main() -> None:
