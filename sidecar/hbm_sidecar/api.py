@@ -43,6 +43,9 @@ class AdminView(Protocol):
     def explain(self, last: int) -> list[dict[str, Any]]:
         """The last decisions, oldest first."""
 
+    def policy(self) -> dict[str, Any]:
+        """The parameters they were taken with."""
+
     def readiness(self) -> dict[str, str]:
         """What keeps decisions from being taken, by part; empty when nothing does."""
 
@@ -123,8 +126,8 @@ def control_app(admin: AdminView) -> FastAPI:
     async def get_explain(
         last: Annotated[int, Query(ge=1, le=10_000)] = 10,
     ) -> dict[str, Any]:
-        """Why the last decisions were taken, oldest first."""
-        return {"decisions": admin.explain(last)}
+        """Why the last decisions were taken, oldest first, and with which parameters."""
+        return {"decisions": admin.explain(last), "policy": admin.policy()}
 
     return app
 

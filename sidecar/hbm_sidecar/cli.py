@@ -97,6 +97,84 @@ def run_sidecar(
         float | None,
         typer.Option(help="Time between heartbeats to Redis. [HBM_HEARTBEAT_MS, 250]"),
     ] = None,
+    ttl_heartbeats: Annotated[
+        int | None,
+        typer.Option(help="Heartbeats until the node's keys expire. [HBM_TTL_HEARTBEATS, 4]"),
+    ] = None,
+    digest_every: Annotated[
+        int | None,
+        typer.Option(help="Heartbeats between unchanged digests. [HBM_DIGEST_EVERY, 8]"),
+    ] = None,
+    snapshot_refresh_s: Annotated[
+        float | None,
+        typer.Option(help="Time between snapshots; 0: never. [HBM_SNAPSHOT_REFRESH_S, 10]"),
+    ] = None,
+    twin_budget: Annotated[
+        float | None, typer.Option(help="Share of a core for the twin. [HBM_TWIN_BUDGET, 0.2]")
+    ] = None,
+    slew_per_s: Annotated[
+        float | None, typer.Option(help="Speed of a move, α per second. [HBM_SLEW_PER_S, 0.05]")
+    ] = None,
+    move_fraction: Annotated[
+        float | None,
+        typer.Option(help="Part of the way to α̂ that one move goes. [HBM_MOVE_FRACTION, 0.75]"),
+    ] = None,
+    min_change: Annotated[
+        float | None, typer.Option(help="No move starts this close to α̂. [HBM_MIN_CHANGE, 0.02]")
+    ] = None,
+    min_gain: Annotated[
+        float | None,
+        typer.Option(help="Share of the cost that a move must save. [HBM_MIN_GAIN, 0.003]"),
+    ] = None,
+    min_gain_ms: Annotated[
+        float | None,
+        typer.Option(help="As --min-gain, ms per request; both count. [HBM_MIN_GAIN_MS, 0]"),
+    ] = None,
+    dwell_ms: Annotated[
+        float | None, typer.Option(help="Least time between moves. [HBM_DWELL_MS, 1000]")
+    ] = None,
+    dwell_accesses_per_slot: Annotated[
+        float | None,
+        typer.Option(
+            help="EMB accesses per slot between moves. [HBM_DWELL_ACCESSES_PER_SLOT, 0.8]"
+        ),
+    ] = None,
+    dwell_double_change: Annotated[
+        float | None,
+        typer.Option(
+            help="A move of this |Δα| doubles the next dwell. [HBM_DWELL_DOUBLE_CHANGE, 0.3]"
+        ),
+    ] = None,
+    refill_link_busy: Annotated[
+        float | None,
+        typer.Option(help="No refill on a link busier than this. [HBM_REFILL_LINK_BUSY, 0.9]"),
+    ] = None,
+    clock_slack_ms: Annotated[
+        float | None,
+        typer.Option(help="Telemetry may be this far ahead. [HBM_CLOCK_SLACK_MS, 50]"),
+    ] = None,
+    smoothing_requests: Annotated[
+        float | None,
+        typer.Option(
+            help="Requests until an old curve counts for 37 %. [HBM_SMOOTHING_REQUESTS, 128]"
+        ),
+    ] = None,
+    keep_gain: Annotated[
+        float | None,
+        typer.Option(help="Share of the cost for which α̂ moves. [HBM_KEEP_GAIN, 0.0005]"),
+    ] = None,
+    keep_gain_ms: Annotated[
+        float | None,
+        typer.Option(help="As --keep-gain, ms per request; both count. [HBM_KEEP_GAIN_MS, 0]"),
+    ] = None,
+    min_warm: Annotated[
+        float | None,
+        typer.Option(help="Warm share from which the twin is trusted. [HBM_MIN_WARM, 0.8]"),
+    ] = None,
+    curve_stale_ms: Annotated[
+        float | None,
+        typer.Option(help="Curve older than this: twin dead. [HBM_CURVE_STALE_MS, 2000]"),
+    ] = None,
 ) -> None:
     """Decides α for the model server beside it; restarts its own parts and never exits for them."""
     given = {name: value for name, value in locals().items() if value is not None}
@@ -117,15 +195,24 @@ def run_explain(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON array on stdout.")] = False,
 ) -> None:
     """Why the sidecar took its last decisions, oldest first."""
-    from hbm_sidecar.explain import ExplainError, fetch_explained, human_line, to_json
+    from hbm_sidecar.explain import (
+        ExplainError,
+        fetch_explained,
+        human_line,
+        policy_line,
+        to_json,
+    )
 
     try:
-        decisions = fetch_explained(run_dir, last)
+        decisions, policy = fetch_explained(run_dir, last)
     except ExplainError as error:
         _fail("hbm explain", str(error))
     if as_json:
         sys.stdout.write(to_json(decisions) + os.linesep)
         return
+    if policy:
+        # Beside the decisions, which are for tools that read line by line.
+        typer.echo(policy_line(policy), err=True)
     if not decisions:
         typer.echo("no decision yet", err=True)
     for decision in decisions:

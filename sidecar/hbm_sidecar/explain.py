@@ -9,7 +9,7 @@ import math
 import socket
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,13 @@ _TIMEOUT_S: Final = 2.0
 
 class ExplainError(SidecarError):
     """There is nothing to explain from."""
+
+
+class Explained(NamedTuple):
+    """What `hbm explain` shows."""
+
+    decisions: list[dict[str, Any]]  # oldest first
+    policy: dict[str, Any]  # parameters of the decision by name; empty: no sidecar runs
 
 
 def explained(record: npt.NDArray[np.void], wall_offset_ns: int) -> dict[str, Any]:
@@ -88,8 +95,8 @@ def explain_view(view: SidecarView, last: int) -> list[dict[str, Any]]:
     return [explained(record, offset) for record in view.read_decisions(last)]
 
 
-def fetch_explained(run_dir: Path, last: int) -> list[dict[str, Any]]:
-    """The last decisions, oldest first: from admin, or where it does not answer from the file."""
+def fetch_explained(run_dir: Path, last: int) -> Explained:
+    """The last decisions: from admin, or where it does not answer from the file."""
     try:
         return _ask_admin(run_dir / ADMIN_SOCKET, last)
     except (OSError, http.client.HTTPException, ValueError):
@@ -101,7 +108,12 @@ def fetch_explained(run_dir: Path, last: int) -> list[dict[str, Any]]:
             f"no sidecar answers in {run_dir} and its file cannot be read ({error}); "
             "is --run-dir that of the sidecar?"
         ) from error
-    return explain_view(view, last)
+    return Explained(explain_view(view, last), {})
+
+
+def policy_line(policy: dict[str, Any]) -> str:
+    """The parameters in one line."""
+    return "policy: " + " ".join(f"{name}={value:g}" for name, value in policy.items())
 
 
 def to_json(decisions: list[dict[str, Any]]) -> str:
@@ -123,7 +135,7 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def _ask_admin(path: Path, last: int) -> list[dict[str, Any]]:
+def _ask_admin(path: Path, last: int) -> Explained:
     connection = UnixConnection(path)
     try:
         connection.request("GET", f"/v1/explain?last={last}")
@@ -131,8 +143,8 @@ def _ask_admin(path: Path, last: int) -> list[dict[str, Any]]:
         body = response.read()
         if response.status != 200:
             raise ValueError(f"admin answered {response.status}")
-        decisions: list[dict[str, Any]] = json.loads(body)["decisions"]
-        return decisions
+        answer = json.loads(body)
+        return Explained(answer["decisions"], answer["policy"])
     finally:
         connection.close()
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from hbm_sidecar.cli import sidecar
+from hbm_sidecar.config import SidecarConfig
+from typer.main import get_command
 from typer.testing import CliRunner
 
 
@@ -38,6 +40,13 @@ def run(hbm_command, run_dir):
         (("--node", "a b"), "--node"),
         (("--host", "256.1.1.1"), "--host"),
         (("--tick-ms", "0"), "--tick-ms"),
+        (("--policy-file", "/"), "--policy-file: / is not a file"),
+        (("--node", "x" * 254), "--node"),
+        (("--slew-per-s", "0"), "--slew-per-s"),
+        (("--move-fraction", "1.5"), "--move-fraction"),
+        (("--dwell-ms", "-1"), "--dwell-ms"),
+        (("--min-gain", "nan"), "--min-gain"),
+        (("--curve-stale-ms", "inf"), "--curve-stale-ms"),
     ],
 )
 def test_wrong_flags(run_dir, flags, said) -> None:
@@ -63,6 +72,10 @@ def test_a_wrong_variable_is_named(run, run_dir) -> None:
     assert result.returncode == 2
     assert "HBM_ALPHA_MAX" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+    result = run("sidecar", "--run-dir", str(run_dir), HBM_DWELL_ACCESSES_PER_SLOT="-0.5")
+    assert result.returncode == 2
+    assert "HBM_DWELL_ACCESSES_PER_SLOT" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_a_busy_port(run, run_dir) -> None:
@@ -85,20 +98,23 @@ def test_a_run_dir_that_cannot_be_made(run, tmp_path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_help_names_every_flag_of_the_contract(run) -> None:
-    text = run("sidecar", "--help").stdout
-    flags = (
-        "--run-dir --node --node-url --namespace --redis-url --mode --alpha-min --alpha-max "
-        "--alpha-fixed --slo-ms --tick-ms --refill-bytes-per-s --port --ready-file"
-    )
-    for flag in flags.split():
-        assert flag in text
+@pytest.mark.parametrize("name", sorted(SidecarConfig.model_fields))
+def test_every_setting_is_a_flag_whose_help_tells_variable_and_default(name) -> None:
+    flags = {parameter.name: parameter for parameter in get_command(sidecar).params}
+    assert flags[name].opts == [f"--{name.replace('_', '-')}"]
+    text = flags[name].help
+    assert f"HBM_{name.upper()}" in text
+    default = SidecarConfig.model_fields[name].default
+    if isinstance(default, float) and name != "refill_bytes_per_s":
+        assert f", {default:g}]" in text
 
 
 def test_a_second_sidecar_and_explain_over_the_socket_and_from_the_file(
     run, start_sidecar, start_server, wait_for, run_dir
 ) -> None:
-    running = start_sidecar("--mode", "fixed", "--alpha-fixed", "0.48", "--tick-ms", "50")
+    running = start_sidecar(
+        "--mode", "fixed", "--alpha-fixed", "0.48", "--tick-ms", "50", "--slew-per-s", "0.15"
+    )
     server = start_server()
     wait_for(lambda: abs(server.tell()["alpha"] - 0.48) < 0.01, "converged")
     second = run("sidecar", "--run-dir", str(run_dir), "--port", "0")
@@ -113,8 +129,11 @@ def test_a_second_sidecar_and_explain_over_the_socket_and_from_the_file(
     assert [each["tick"] for each in decisions] == sorted(each["tick"] for each in decisions)
     assert decisions[-1]["mode"] == "fixed"
     assert decisions[-1]["text"]
-    lines = run("explain", "--run-dir", str(run_dir), "--last", "3").stdout.splitlines()
+    shown = run("explain", "--run-dir", str(run_dir), "--last", "3")
+    lines = shown.stdout.splitlines()
     assert len(lines) == 3
+    assert "slew_per_s=0.15 " in shown.stderr
+    assert running.state()["policy"] == SidecarConfig(slew_per_s=0.15).policy().flat()
     assert all("α=" in line and "mode fixed" in line for line in lines)
     running.stop()
     dead = run("explain", "--run-dir", str(run_dir), "--last", "5", "--json")

@@ -152,11 +152,13 @@ def test_children_read_the_same_configuration(
         redis_url="redis://:secret@localhost:6379/0",
         node_url="http://localhost:8000",
         ready_file=tmp_path / "ready",
+        move_fraction=0.1 + 0.2,
     )
     for name, value in config.environment({"HBM_POLICY_FILE": "/elsewhere"}).items():
         monkeypatch.setenv(name, value)
     assert SidecarConfig() == config
     assert SidecarConfig().partition() == config.partition()
+    assert SidecarConfig().policy().shield.move_fraction == 0.1 + 0.2
 
 
 @pytest.mark.parametrize(
