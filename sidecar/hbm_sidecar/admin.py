@@ -16,15 +16,16 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import uvicorn
+from fastapi import FastAPI
 from hbm_pool.contracts import digest as codec
 from hbm_pool.contracts.records import COMMAND, INTENT
 
 from hbm_sidecar.api import PartitionAnswer, control_app, public_app
-from hbm_sidecar.config import SidecarConfig
+from hbm_sidecar.config import ADMIN_SOCKET, SidecarConfig
 from hbm_sidecar.explain import explain_view
 from hbm_sidecar.log import configure
 from hbm_sidecar.metrics import SidecarMetrics
@@ -42,6 +43,9 @@ from hbm_sidecar.partition import (
 )
 from hbm_sidecar.publisher import Beat, Publisher
 from hbm_sidecar.supervisor import ADMIN_FD
+
+SOCKET_LOOK_S: Final = 0.5
+"""How often it looks whether its unix socket is still there."""
 
 
 class Admin:
@@ -165,6 +169,10 @@ class Admin:
         view = self.observer.sidecar
         return [] if view is None else explain_view(view, last)
 
+    def policy(self) -> dict[str, Any]:
+        """The parameters of the decision, by name."""
+        return self.config.policy().flat()
+
     def readiness(self) -> dict[str, str]:
         """What keeps decisions from being taken, by part."""
         observer, missing = self.observer, dict(self.observer.problems)
@@ -199,6 +207,7 @@ class Admin:
             "namespace": self.config.namespace,
             "run_dir": str(self.config.run_dir),
             "partition": self.partition().model_dump(mode="json"),
+            "policy": self.policy(),
             "server": {
                 "fresh": observer.server_fresh(),
                 "telemetry_age_s": _finite(observer.telemetry_age_s()),
@@ -345,17 +354,9 @@ def _write_ready_file(config: SidecarConfig, port: int) -> None:
     temporary.rename(config.ready_file)
 
 
-async def serve(config: SidecarConfig, listener: socket.socket, log: Any) -> None:
-    """Run until SIGTERM, then leave Redis and return."""
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    admin = Admin(config, log)
-    servers = []
-    for app, sock in (
-        (public_app(admin), listener),
-        (control_app(admin), _control_socket(config)),
-    ):
-        settings = uvicorn.Config(
+def _http_server(app: FastAPI) -> _Server:
+    return _Server(
+        uvicorn.Config(
             app,
             access_log=False,
             log_level="warning",
@@ -366,14 +367,41 @@ async def serve(config: SidecarConfig, listener: socket.socket, log: Any) -> Non
             timeout_keep_alive=30,
             limit_concurrency=64,
         )
-        servers.append((_Server(settings), sock))
+    )
+
+
+async def _serve_control(
+    app: FastAPI, config: SidecarConfig, ready: asyncio.Event, stop: asyncio.Event, log: Any
+) -> None:
+    """/v1 on its unix socket, made anew when somebody deletes it, until `stop`."""
+    while not stop.is_set():
+        server = _http_server(app)
+        sock = _control_socket(config)
+        serving = asyncio.create_task(server.serve(sockets=[sock]))
+        await server.listening.wait()
+        ready.set()
+        while not stop.is_set() and config.admin_socket.is_socket():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), SOCKET_LOOK_S)
+        if not stop.is_set():
+            log.warning("file is gone from the run directory; it is made anew", file=ADMIN_SOCKET)
+        server.should_exit = True
+        await serving
+
+
+async def serve(config: SidecarConfig, listener: socket.socket, log: Any) -> None:
+    """Run until SIGTERM, then leave Redis and return."""
+    stop, control_ready = asyncio.Event(), asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    admin = Admin(config, log)
+    public = _http_server(public_app(admin))
     async with asyncio.TaskGroup() as group:
         watching = group.create_task(admin.watch())
         beating = group.create_task(admin.publisher.run()) if admin.publisher else None
-        for server, sock in servers:
-            group.create_task(server.serve(sockets=[sock]))
-        for server, _ in servers:
-            await server.listening.wait()
+        group.create_task(public.serve(sockets=[listener]))
+        group.create_task(_serve_control(control_app(admin), config, control_ready, stop, log))
+        await public.listening.wait()
+        await control_ready.wait()
         port = listener.getsockname()[1]
         _write_ready_file(config, port)
         log.info("admin serves", host=config.host, port=port, socket=str(config.admin_socket))
@@ -383,8 +411,7 @@ async def serve(config: SidecarConfig, listener: socket.socket, log: Any) -> Non
             beating.cancel()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(admin.publisher.leave(), 1.0)
-        for server, _ in servers:
-            server.should_exit = True
+        public.should_exit = True
 
 
 def main() -> None:

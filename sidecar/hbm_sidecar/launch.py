@@ -16,9 +16,8 @@ from pydantic import ValidationError
 from hbm_sidecar.config import SidecarConfig
 from hbm_sidecar.log import configure
 from hbm_sidecar.partition import SidecarError, first_error
-from hbm_sidecar.supervisor import ADMIN_FD, LOCK_FD
+from hbm_sidecar.supervisor import ADMIN_FD, LOCK_FD, LOCK_FILE
 
-LOCK_FILE: Final = "sidecar.lock"
 _BACKLOG = 128
 _QUIET: Final = {
     "OMP_NUM_THREADS": "1",

@@ -11,6 +11,7 @@ A child dies with its supervisor (`PR_SET_PDEATHSIG`), whatever kills it.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import signal
@@ -27,6 +28,10 @@ LOCK_FD: Final = "HBM_SIDECAR_LOCK_FD"
 """Number of the descriptor that holds the lock on the run directory."""
 CHILDREN_FILE: Final = "sidecar.children.json"
 """Who runs, how often each was started again, and how it last ended."""
+LOCK_FILE: Final = "sidecar.lock"
+BLOCK_FILE: Final = "sidecar.cb"
+WATCH_S: Final = 0.5
+"""How often it looks whether its files are still there."""
 BACKOFF_FIRST_S: Final = 0.1
 BACKOFF_LAST_S: Final = 10.0
 HEALTHY_S: Final = 10.0
@@ -102,10 +107,15 @@ class Supervisor:
         fd = environment.get(ADMIN_FD)
         self._admin_fd = None if fd is None else int(fd)
         self._libc = ctypes.CDLL(None, use_errno=True)
+        lock = environment.get(LOCK_FD)
+        self._lock_fd = None if lock is None else int(lock)
         self._stopping = False
+        # Files known to be missing: those not made yet at the start, later each is said once.
+        self._lost = {CHILDREN_FILE} if block_ready else {CHILDREN_FILE, BLOCK_FILE}
         self._children = [Child(name, keep=True) for name in CHILDREN]
-        if not block_ready:
-            self._children.insert(0, Child("prepare", keep=False))
+        self._prepare = Child("prepare", keep=False)
+        self._prepare.done = block_ready
+        self._children.insert(0, self._prepare)
 
     def run(self) -> None:
         """Supervise until SIGTERM or SIGINT, then stop all children and return."""
@@ -113,6 +123,7 @@ class Supervisor:
         _log("info", "started", run_dir=str(self._run_dir))
         while True:
             now = self._clock()
+            self._bring_back(now)
             due = [child for child in self._children if self._is_due(child, now)]
             for child in due:
                 self._start(child, now)
@@ -132,7 +143,42 @@ class Supervisor:
     def _pause_s(self) -> float:
         now = self._clock()
         waits = [c.due_at - now for c in self._children if c.pid is None and not c.done]
-        return min(60.0, max(0.0, min(waits, default=60.0)))
+        return min(WATCH_S, max(0.0, min(waits, default=WATCH_S)))
+
+    def _bring_back(self, now: float) -> None:
+        """Make anew what somebody deleted from the run directory under us.
+
+        A new `sidecar.cb` is another inode: the children and the server map it anew. Admin looks
+        after its socket itself.
+        """
+        if self._is_gone(BLOCK_FILE) and self._prepare.done:
+            self._prepare.done, self._prepare.due_at = False, now
+        if self._is_gone(CHILDREN_FILE):
+            self._publish()
+        if self._lock_fd is not None and self._is_gone(LOCK_FILE):
+            self._lock_anew(self._lock_fd)
+
+    def _is_gone(self, name: str) -> bool:
+        if os.path.exists(self._run_dir / name):
+            self._lost.discard(name)
+            return False
+        if name not in self._lost:
+            self._lost.add(name)
+            _log("warning", "file is gone from the run directory; it is made anew", file=name)
+        return True
+
+    def _lock_anew(self, lock_fd: int) -> None:
+        """A lock on a deleted file keeps no second sidecar away."""
+        try:
+            fd = os.open(self._run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.pwrite(fd, str(os.getpid()).encode(), 0)
+                os.dup2(fd, lock_fd, inheritable=False)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            _log("error", "cannot lock the run directory again", error=str(error))
 
     def _start(self, child: Child, now: float) -> None:
         parent = os.getpid()
@@ -225,6 +271,7 @@ class Supervisor:
                     "last_end": child.last_end,
                 }
                 for child in self._children
+                if child.keep or child.starts
             },
         }
         path = self._run_dir / CHILDREN_FILE

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 from hbm_policy import CostConstants, CostSource, DeclaredCosts
@@ -61,9 +60,9 @@ class TwinProcess:
         self._publish_at_ns = 0
         self._problem = ""
 
-    def run(self, stop: threading.Event) -> None:
-        """Work in bounded pieces until `stop` is set."""
-        while not stop.is_set():
+    def run(self) -> NoReturn:
+        """Work in bounded pieces, for ever."""
+        while True:
             began = time.thread_time()
             try:
                 pause_s = self.step()
@@ -73,7 +72,7 @@ class TwinProcess:
             worked_s = time.thread_time() - began
             budget = self._config.twin_budget
             rest_s = min(REST_MAX_S, worked_s * (1.0 - budget) / budget)
-            stop.wait(max(pause_s, rest_s))
+            time.sleep(max(pause_s, rest_s))
 
     def step(self) -> float:
         """One piece of work; how long to rest at least, in seconds. Raises `ControlBlockError`."""
@@ -129,13 +128,13 @@ class TwinProcess:
 
 
 def main() -> None:
-    """Entry: `python -m hbm_sidecar.twin`."""
+    """Entry: `python -m hbm_sidecar.twin`. SIGTERM ends it at any point: there is nothing to put
+    in order, and a handler would wait until a kernel is compiled."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     log = configure("twin")
     config = SidecarConfig()
     os.nice(NICENESS)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    TwinProcess(config, log).run(stop)
+    TwinProcess(config, log).run()
 
 
 if __name__ == "__main__":

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from hbm_pool.contracts.control_block import SidecarView
-from hbm_pool.contracts.records import COMMAND
+from hbm_pool.contracts.control_block import SidecarBlock, SidecarView
+from hbm_pool.contracts.records import COMMAND, CURVES
 
 FIXED = ("--mode", "fixed", "--alpha-fixed", "0.47", "--tick-ms", "50")
 SHARED_FLAGS = (*FIXED, "--stale-ms", "1000")
@@ -294,6 +297,56 @@ def test_without_room_for_its_file_it_stays_up_and_tries_again(
     assert server.tell()["command_generation"] == 0
     (run_dir / "sidecar.cb").rmdir()
     wait_for(lambda: server.tell()["command_generation"] > 0, "decides once there is room")
+
+
+def test_what_is_deleted_from_the_run_directory_is_made_anew(
+    start_sidecar, start_server, wait_for, run_dir
+) -> None:
+    sidecar, server = start_sidecar(*FIXED), start_server()
+    wait_for(lambda: abs(server.tell()["alpha"] - 0.47) < 0.01, "converged")
+    pids = {name: sidecar.pid(name) for name in ("admin", "decide", "twin")}
+    ours = ("sidecar.cb", "sidecar.children.json", "sidecar.lock", "admin.sock")
+    before = {name: (run_dir / name).stat().st_ino for name in ours}
+    kept = [(run_dir / name).open("rb") for name in ours[:3]]  # no inode is used twice
+    for name in ours:
+        (run_dir / name).unlink()
+    wait_for(lambda: all((run_dir / name).exists() for name in ours), "all is there again")
+    assert all((run_dir / name).stat().st_ino != before[name] for name in ours[:3])
+    put = {"mode": "fixed", "alpha_fixed": 0.55}
+    wait_for(lambda: sidecar.state(), "admin answers on its new socket")
+    assert sidecar.control("PUT", "/v1/partition", json=put).status_code == 200
+    wait_for(lambda: abs(server.tell()["alpha"] - 0.55) < 0.01, "the server maps the new file")
+    assert {name: sidecar.pid(name) for name in pids} == pids, "nobody had to be restarted"
+    said = sidecar.log.read_text().splitlines()
+    for name in ours:
+        gone = [json.loads(line) for line in said if name in line and "is gone" in line]
+        assert len(gone) == 1, name
+    second = start_sidecar("--port", "0")
+    assert second.process.wait(60) == 2
+    assert str(sidecar.process.pid) in second.log.read_text()
+    for file in kept:
+        file.close()
+
+
+def test_sigterm_ends_a_twin_that_compiles(start_server, run_dir, tmp_path, wait_for) -> None:
+    SidecarBlock.create(run_dir)
+    server = start_server()
+    cache = tmp_path / "empty"
+    twin = subprocess.Popen(
+        [sys.executable, "-m", "hbm_sidecar.twin"],
+        env=os.environ | {"HBM_RUN_DIR": str(run_dir), "NUMBA_CACHE_DIR": str(cache)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert twin.stderr is not None
+    assert "twin starts" in twin.stderr.readline()
+    server.tell(traffic=4)
+    # The first finished kernel is in the cache: the rest of them takes many seconds more.
+    wait_for(lambda: [*cache.rglob("*.nbi")], "it compiles")
+    twin.terminate()
+    assert twin.wait(60) == -signal.SIGTERM
+    curves = np.zeros((), dtype=CURVES)
+    assert not SidecarView.open(run_dir).read_curves(curves), "it was still compiling"
 
 
 def test_memory_of_all_processes_and_no_torch(pair, wait_for) -> None:
