@@ -1,0 +1,3 @@
+from hbm_e2e.cli import main
+
+main()

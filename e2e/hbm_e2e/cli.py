@@ -1,0 +1,62 @@
+"""`python -m hbm_e2e`: the harness by hand."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hbm_e2e.errors import HarnessError
+from hbm_e2e.toolchain import PROGRAMS, Toolchain
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    try:
+        arguments.run(arguments)
+    except HarnessError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    Toolchain().build(arguments.programs or PROGRAMS, say=_say)
+
+
+def _api_server(arguments: argparse.Namespace) -> None:
+    import signal
+    import tempfile
+
+    from hbm_e2e.api_server import ApiServer
+
+    with tempfile.TemporaryDirectory(prefix="hbm-api-server-") as scratch:
+        folder = Path(arguments.folder or scratch).absolute()
+        with ApiServer(folder, controllers=not arguments.no_controllers) as server:
+            _say(f"API server {server.url}")
+            _say(f"export KUBECONFIG={server.kubeconfig}")
+            _say("ends with Ctrl-C or SIGTERM")
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            signal.pause()
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m hbm_e2e", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    build = commands.add_parser("build", help="build the cluster's programs that are missing")
+    build.add_argument("programs", nargs="*", metavar="PROGRAM", help=f"of: {', '.join(PROGRAMS)}")
+    build.set_defaults(run=_build)
+
+    api_server = commands.add_parser(
+        "api-server", help="run an API server without nodes until interrupted (no root needed)"
+    )
+    api_server.add_argument("--folder", help="keep its state and logs here (else a scratch folder)")
+    api_server.add_argument(
+        "--no-controllers", action="store_true", help="no garbage collection, no service accounts"
+    )
+    api_server.set_defaults(run=_api_server)
+    return parser
