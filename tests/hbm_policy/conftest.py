@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
-from hbm_policy import Curve, PolicyState, Reading, decide
-from hbm_pool.contracts.records import CostModel, Mode, RowClass, ServerInfo, TableMap
+from hbm_policy import CostConstants, Curve, PolicyState, Reading, decide
+from hbm_policy.twin import Twin
+from hbm_pool.contracts.history import page_fingerprints, table_rows
+from hbm_pool.contracts.identity import row_keys, sampled
+from hbm_pool.contracts.records import (
+    CURVES,
+    CostModel,
+    Mode,
+    RequestSample,
+    RowClass,
+    ServerInfo,
+    TableMap,
+)
 
 TICK_NS = 250_000_000
+COSTS = CostConstants(0.5, 0.02, 1e-5, (0.05, 0.03))
 ALPHA = tuple(round(0.05 * step, 10) for step in range(2, 19))
 
 
@@ -81,6 +95,70 @@ def _info(**fields: Any) -> ServerInfo:
     return ServerInfo(**(values | fields))
 
 
+def _stream(
+    info: ServerInfo, seed: int, requests: int, *, users: int = 12, items: int = 300
+) -> list[RequestSample]:
+    """Users with growing histories, a few of them anonymous, new or with a changed past."""
+    random = np.random.default_rng(seed)
+    popularity = np.cumsum(1.0 / np.arange(1, items + 1) ** 0.8)
+    known: dict[int, npt.NDArray[np.int64]] = {}
+    samples = []
+
+    def draw(count: int) -> npt.NDArray[np.int64]:
+        ranks = np.searchsorted(popularity, random.random(count) * popularity[-1])
+        # Other seeds make other rows hot: a sample of rows is not judged by one draw of them.
+        return (ranks * 7 + seed * 131) % info.tables[0].rows
+
+    def keys_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        columns = [
+            row_keys(index, table_rows(ids, index, table.rows, table.hashed))
+            for index, table in enumerate(info.tables)
+        ]
+        return np.stack(columns, axis=1).reshape(-1)
+
+    for _ in range(requests):
+        user = int(random.integers(0, users + 1))
+        history = known.get(user, draw(int(random.integers(0, 60))))
+        if random.random() < 0.05:
+            history = draw(len(history))
+        history = np.concatenate([history, draw(int(random.integers(0, 6)))])
+        history = history[-info.max_sequence_tokens :]
+        known[user] = history
+        candidates = draw(8)
+        rows, wanted = keys_of(history), keys_of(candidates)
+        chosen = np.flatnonzero(sampled(rows, info.sample_rate))
+        samples.append(
+            RequestSample(
+                user=user,
+                history_tokens=len(history),
+                candidates=len(candidates),
+                rows_total=len(rows) + len(wanted),
+                history_rows_total=len(rows),
+                page_fingerprints=page_fingerprints(
+                    history, np.arange(len(history)), None, info.page_tokens
+                ),
+                history_keys=rows[chosen],
+                history_positions=(chosen // len(info.tables)).astype(np.uint32),
+                candidate_keys=wanted[sampled(wanted, info.sample_rate)],
+            )
+        )
+    return samples
+
+
+def _curves(twin: Twin) -> npt.NDArray[Any]:
+    record = np.zeros((), CURVES)
+    twin.curves(record)
+    return record
+
+
+def _run(
+    info: ServerInfo, samples: Sequence[RequestSample], **fields: Any
+) -> tuple[Twin, npt.NDArray[Any]]:
+    twin = Twin(info, clock_ns=lambda: 5, **fields)
+    twin.feed(samples, 0, COSTS)
+    return twin, _curves(twin)
+
+
 @pytest.fixture(scope="session")
 def valley() -> Callable[..., Curve]:
     return _valley
@@ -129,3 +207,34 @@ def follow() -> Callable[..., tuple[list[Any], PolicyState]]:
         return decisions, state
 
     return run
+
+
+@pytest.fixture(scope="session")
+def costs() -> CostConstants:
+    """Prices by which candidates differ."""
+    return COSTS
+
+
+@pytest.fixture(scope="session")
+def one_class() -> dict[str, Any]:
+    """Fields of a server with one table and one width class."""
+    return {
+        "tables": (TableMap("item", 3000, 0, False),),
+        "classes": (RowClass(64, 32, 3000, (0,)),),
+    }
+
+
+@pytest.fixture(scope="session")
+def make_stream() -> Callable[..., list[RequestSample]]:
+    return _stream
+
+
+@pytest.fixture(scope="session")
+def curves_of() -> Callable[[Twin], npt.NDArray[Any]]:
+    return _curves
+
+
+@pytest.fixture(scope="session")
+def run_twin() -> Callable[..., tuple[Twin, npt.NDArray[Any]]]:
+    """A twin that has been fed a stream, and its curves."""
+    return _run
