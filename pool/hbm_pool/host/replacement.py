@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from . import tz_calls
 from . import tz_kernel as kernel
 from .tz_batch import (
     access_many,
@@ -24,6 +25,7 @@ from .tz_batch import (
 from .tz_extents import cancel_shrink, drain_rows, drop, grow, plan_shrink, violations
 from .tz_kernel import (
     MAX_KEYS,
+    NOWHERE,
     Tz,
     access,
     allocate,
@@ -35,6 +37,7 @@ from .tz_kernel import (
     stack_of,
     touch,
 )
+from .tz_table import table_of
 
 __all__ = [
     "MAX_KEYS",
@@ -135,6 +138,7 @@ class TzCache:
         if hash_index is None:
             hash_index = uses_hash_index(num_keys, max_extents, rows_per_extent)
         self.tz = allocate(num_keys, max_extents, rows_per_extent, hash_index=hash_index)
+        self._table = table_of(self.tz)
         self.num_keys = num_keys
         self.rows_per_extent = rows_per_extent
         self.max_extents = max_extents
@@ -167,7 +171,7 @@ class TzCache:
 
     def free_slots(self) -> int:
         """Unused slots of newly grown main extents."""
-        return int(free_slots(self.tz))
+        return int(tz_calls.free_slots(self._table))
 
     def access_many(
         self, keys: npt.NDArray[np.uint32]
@@ -184,81 +188,80 @@ class TzCache:
         """Slots of distinct keys, -1 for misses; one hit is counted per row."""
         self._check(keys)
         slots = np.empty(keys.size, np.int64)
-        lookup_many(self.tz, keys, slots)
+        tz_calls.lookup_many(self._table, keys, slots)
         return slots
 
     def insert_many(self, keys: npt.NDArray[np.int64]) -> Insertion:
         """Places for distinct keys that `lookup_many` missed."""
         self._check(keys)
-        slots, sources, targets, moved = np.empty((4, keys.size), np.int64)
-        copies = insert_many(self.tz, keys, slots, sources, targets, moved)
-        return Insertion(slots, sources[:copies], targets[:copies])
+        scratch = np.empty((4, keys.size), np.int64)
+        copies = tz_calls.insert_many(self._table, keys, scratch)
+        return Insertion(scratch[0], scratch[1, :copies], scratch[2, :copies])
 
     def slots_of(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Slots of keys, -1 where one is not resident; nothing is counted."""
         self._check(keys)
         slots = np.empty(keys.size, np.int64)
-        slots_of(self.tz, keys, slots)
+        tz_calls.slots_of(self._table, keys, slots)
         return slots
 
     def fill_many(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Puts keys into unused slots of grown extents; -1 for those that found none."""
         self._check(keys)
         slots = np.empty(keys.size, np.int64)
-        fill_many(self.tz, keys, slots)
+        tz_calls.fill_many(self._table, keys, slots)
         return slots
 
     def discard_many(self, keys: npt.NDArray[np.int64]) -> int:
         """Forgets rows, resident or not. -> how many were resident."""
         self._check(keys)
-        return int(discard_many(self.tz, keys))
+        return int(tz_calls.discard_many(self._table, keys))
 
     def grow(self, extents: npt.NDArray[np.integer]) -> None:
         """Takes over extents, O(extents). Raises ValueError for one it holds or does not know."""
         wanted = np.ascontiguousarray(extents, np.int32)
         if wanted.size == 0:
             return
-        # Negative ids are huge when read as unsigned: one pass finds both.
-        if wanted.view(np.uint32).max() >= self.max_extents:
-            raise ValueError(
-                f"extents {int(wanted.min())}..{int(wanted.max())} are not all in "
-                f"0..{self.max_extents - 1}"
-            )
-        zones = self.tz.zone.take(wanted)
-        if zones.any():  # NOWHERE is 0
-            raise ValueError(f"extent {int(wanted[np.flatnonzero(zones)[0]])} is held already")
-        grow(self.tz, wanted)
+        wrong = tz_calls.grow(self._table, wanted)
+        if wrong == tz_calls.FINE:
+            return
+        extent = int(wanted[wrong])
+        if 0 <= extent < self.max_extents and self.tz.zone[extent] != NOWHERE:
+            raise ValueError(f"extent {extent} is held already")
+        raise ValueError(f"extent {extent} does not exist; they are 0..{self.max_extents - 1}")
 
     def plan_shrink(self, count: int) -> int:
         """Chooses extents to be given up; `shrink_slice` empties them. -> how many."""
         self._check_count(count)
-        return int(plan_shrink(self.tz, count))
+        return int(tz_calls.plan_shrink(self._table, count))
 
     def shrink_slice(self, slots: int) -> Slice:
         """Looks at up to that many slots of the extents to be given up."""
-        sources, targets, moved = np.empty((3, slots), np.int64)
+        scratch = np.empty((3, slots), np.int64)
         released = np.empty(self.draining_extents, np.int32)
-        looked, copies, emptied = drain_rows(self.tz, slots, sources, targets, moved, released)
-        return Slice(looked, sources[:copies], targets[:copies], released[:emptied])
+        looked, copies, emptied = tz_calls.drain_rows(self._table, slots, scratch, released)
+        return Slice(looked, scratch[0, :copies], scratch[1, :copies], released[:emptied])
 
     def cancel_shrink(self) -> int:
         """Keeps the extents that are not yet emptied. -> how many."""
-        return int(cancel_shrink(self.tz, np.empty(self.draining_extents, np.int32)))
+        return int(tz_calls.cancel_shrink(self._table, np.empty(self.draining_extents, np.int32)))
 
     def drop(self, count: int) -> npt.NDArray[np.int32]:
         """Gives extents up at once, rows and all, O(extents). -> the extents, at most `count`."""
         self._check_count(count)
         released = np.empty(count, np.int32)
-        return released[: drop(self.tz, count, released)]
+        return released[: tz_calls.drop(self._table, count, released)]
 
     def check_integrity(self) -> list[str]:
         """Violations of the structure; empty when it is sound. O(slots + keys)."""
         return violations(self.tz)
 
     def _check(self, keys: npt.NDArray[np.integer]) -> None:
-        if keys.size and (int(keys.max()) >= self.num_keys or int(keys.min()) < 0):
-            worst = int(keys.max()) if int(keys.max()) >= self.num_keys else int(keys.min())
-            raise ValueError(f"row {worst} is outside the catalogue of {self.num_keys} rows")
+        wrong = tz_calls.first_outside(keys, self.num_keys)
+        if wrong != tz_calls.FINE:
+            raise ValueError(
+                f"row {int(keys[wrong])} is outside the catalogue of {self.num_keys} rows"
+            )
 
     def _check_count(self, count: int) -> None:
         if count < 0:

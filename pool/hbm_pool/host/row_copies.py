@@ -27,6 +27,7 @@ from hbm_pool.host.tz_kernel import (
     find,
     wide,
 )
+from hbm_pool.host.tz_table import Table, array_of, pointer, table_of, tz_of
 
 Slots = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -63,16 +64,6 @@ def _ask(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _pointer(typingctx: Any, address: Any) -> Any:
-    """An address as an untyped pointer."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.uintp), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
 def _copy_line(typingctx: Any, target: Any, source: Any) -> Any:
     """Copies the 64 bytes at `source` to `target`."""
 
@@ -95,12 +86,14 @@ def _copy_lines(target: int, source: int, nbytes: int) -> None:
         _copy_line(target + np.uintp(line), source + np.uintp(line))
 
 
-class BatchView:
-    """Addresses and sizes of all a look-up works on, in one array.
+_SLOTS, _MISSED, _MISSED_AT, _MISSED_FROM, _SEEN, _MARKS, _PLACE = (
+    len(Tz._fields) + number for number in range(7)
+)
 
-    Compiled functions unbox every array they are given, some twenty here at .4 us each; handed
-    over as one they cost nothing. Keeps the arrays alive.
-    """
+
+class BatchView:
+    """All that a look-up works on, as one `tz_table.Table`: the arrays of the `Tz`, scratch for
+    `most_ids` ids, and where the arena is. Keeps the arrays alive."""
 
     def __init__(
         self, tz: Tz, arena: int, stride_bytes: int, row_bytes: int, most_ids: int
@@ -112,40 +105,35 @@ class BatchView:
         self.missed_from = np.empty(self.most_ids, np.int32)
         self._seen = np.empty(2 * self.most_ids, np.int32)
         self._marks = np.zeros((tz.words.size >> 6) + 1, np.int64)
+        self._place = np.array([arena, stride_bytes, row_bytes], np.int64)
         self._tz = tz
-        arrays = (
-            *tz,
-            self.slots,
-            self.missed,
-            self.missed_at,
-            self.missed_from,
-            self._seen,
-            self._marks,
+        self.table = table_of(
+            (
+                *tz,
+                self.slots,
+                self.missed,
+                self.missed_at,
+                self.missed_from,
+                self._seen,
+                self._marks,
+                self._place,
+            )
         )
-        sizes = [value for array in arrays for value in (array.ctypes.data, array.size)]
-        self.table = np.array([arena, stride_bytes, row_bytes, *sizes], np.uint64)
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def any_outside(ids: int, size: int, rows: int) -> bool:
     """Whether one of `size` int64 ids at an address is not in 0..rows-1."""
-    values = numba.carray(_pointer(np.uintp(ids)), (size,), np.int64)
+    values = numba.carray(pointer(np.uintp(ids)), (size,), np.int64)
     wrong = 0
     for i in range(size):
         wrong |= (values[i] < 0) | (values[i] >= rows)
     return wrong != 0
 
 
-@numba.njit(nogil=True, cache=True, forceinline=True)  # type: ignore[untyped-decorator]
-def _array(table: npt.NDArray[np.uint64], number: int, dtype: Any) -> Any:
-    """Array `number` of a `BatchView`."""
-    size = np.int64(table[4 + 2 * number])
-    return numba.carray(_pointer(np.uintp(table[3 + 2 * number])), (size,), dtype)
-
-
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def gather_batch(
-    view: npt.NDArray[np.uint64], ids_at: int, size: int, first_key: int, out_at: int
+    view: Table, ids_at: int, size: int, first_key: int, out_at: int
 ) -> tuple[int, int, int]:
     """Looks a batch up, one hit per distinct row, and copies what is hit to `out_at`.
 
@@ -154,35 +142,20 @@ def gather_batch(
     in `missed[:m]`, and id `missed_at[i]` waits for the one in `missed_from[i]`, i < k.
     -> (m, k, distinct hits).
     """
-    arena = np.uintp(view[0])
-    stride = np.int64(view[1])
-    nbytes = np.int64(view[2])
-    tz = Tz(
-        _array(view, 0, np.uint32),
-        _array(view, 1, np.int64),
-        _array(view, 2, np.uint32),
-        _array(view, 3, np.int32),
-        _array(view, 4, np.int32),
-        _array(view, 5, np.int8),
-        _array(view, 6, np.int32),
-        _array(view, 7, np.int32),
-        _array(view, 8, np.int32),
-        _array(view, 9, np.int32),
-        _array(view, 10, np.int64),
-        _array(view, 11, np.int64),
-        _array(view, 12, np.int64),
-    )
-    slots = _array(view, 13, np.int64)
-    missed = _array(view, 14, np.int64)
-    missed_at = _array(view, 15, np.int32)
-    missed_from = _array(view, 16, np.int32)
-    scratch = _array(view, 17, np.int32)
-    marks = _array(view, 18, np.int64)
+    tz = tz_of(view)
+    place = array_of(view, _PLACE, np.int64)
+    arena, stride, nbytes = np.uintp(place[0]), place[1], place[2]
+    slots = array_of(view, _SLOTS, np.int64)
+    missed = array_of(view, _MISSED, np.int64)
+    missed_at = array_of(view, _MISSED_AT, np.int32)
+    missed_from = array_of(view, _MISSED_FROM, np.int32)
+    scratch = array_of(view, _SEEN, np.int32)
+    marks = array_of(view, _MARKS, np.int64)
     spots = 16
     while spots < 2 * size:
         spots *= 2
     seen = scratch[:spots]
-    ids = numba.carray(_pointer(np.uintp(ids_at)), (size,), np.int64)
+    ids = numba.carray(pointer(np.uintp(ids_at)), (size,), np.int64)
     out = np.uintp(out_at)
     counts: tuple[int, int, int] = _gather(
         tz,

@@ -292,7 +292,7 @@ def test_keys_and_extents_outside_are_refused() -> None:
         cache.lookup_many(np.array([-1], np.int64))
     with pytest.raises(ValueError, match="extent 1 is held already"):
         cache.grow(np.array([1]))
-    with pytest.raises(ValueError, match="not all in"):
+    with pytest.raises(ValueError, match="does not exist; they are 0"):
         cache.grow(np.array([4]))
     with pytest.raises(ValueError, match="cannot give up -1"):
         cache.plan_shrink(-1)
