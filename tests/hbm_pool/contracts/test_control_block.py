@@ -699,5 +699,6 @@ def test_the_public_names_are_those_of_the_contract() -> None:
         "ServerView",
         "SidecarBlock",
         "SidecarView",
+        "StampedWriter",
         "age_s",
     }
