@@ -24,112 +24,93 @@ def _refuse(message: str) -> NoReturn:
 @app.command("serve")
 def serve(
     config: Annotated[
-        str, typer.Option(envvar="HBM_CONFIG", help="A YAML file, or a preset: demo, tiny.")
-    ] = "demo",
-    host: Annotated[str, typer.Option(envvar="HBM_HOST", help="Address to listen on.")] = "0.0.0.0",
+        str | None,
+        typer.Option(help="A YAML file, or a preset: demo, tiny. [HBM_CONFIG, default demo]"),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on. [HBM_HOST, default 0.0.0.0]")
+    ] = None,
     port: Annotated[
-        int, typer.Option(envvar="HBM_PORT", min=0, max=65535, help="0: any free port.")
-    ] = 8080,
+        int | None, typer.Option(help="0: any free port. [HBM_PORT, default 8080]")
+    ] = None,
     admin_host: Annotated[
-        str, typer.Option(envvar="HBM_ADMIN_HOST", help="Address of the admin endpoints.")
-    ] = "127.0.0.1",
+        str | None,
+        typer.Option(help="Address of the admin endpoints. [HBM_ADMIN_HOST, default 127.0.0.1]"),
+    ] = None,
     admin_port: Annotated[
-        int, typer.Option(envvar="HBM_ADMIN_PORT", min=0, max=65535, help="0: any free port.")
-    ] = 0,
+        int | None, typer.Option(help="0: any free port. [HBM_ADMIN_PORT, default 0]")
+    ] = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option(
-            envvar="HBM_RUN_DIR", help="Folder of the control block, shared with the sidecar."
-        ),
+        typer.Option(help="Folder of the control block, shared with the sidecar. [HBM_RUN_DIR]"),
     ] = None,
     node: Annotated[
-        str | None, typer.Option(envvar="HBM_NODE", help="Name of this node; default: host name.")
+        str | None, typer.Option(help="Name of this node. [HBM_NODE, default: host name]")
     ] = None,
     device: Annotated[
-        str, typer.Option(envvar="HBM_DEVICE", help="cpu, cuda, cuda:N or auto.")
-    ] = "auto",
+        str | None, typer.Option(help="cpu, cuda, cuda:N or auto. [HBM_DEVICE, default auto]")
+    ] = None,
     alpha: Annotated[
-        float | None, typer.Option(envvar="HBM_ALPHA", help="Share of the pool for rows at start.")
+        float | None, typer.Option(help="Share of the pool for rows at start. [HBM_ALPHA]")
     ] = None,
     alpha_min: Annotated[
-        float | None, typer.Option(envvar="HBM_ALPHA_MIN", help="Lowest α taken from a sidecar.")
+        float | None, typer.Option(help="Lowest α taken from a sidecar. [HBM_ALPHA_MIN]")
     ] = None,
     alpha_max: Annotated[
-        float | None, typer.Option(envvar="HBM_ALPHA_MAX", help="Highest α taken from a sidecar.")
+        float | None, typer.Option(help="Highest α taken from a sidecar. [HBM_ALPHA_MAX]")
     ] = None,
     pool_bytes: Annotated[
-        int | None, typer.Option(envvar="HBM_POOL_BYTES", help="Size of the pool.")
+        int | None, typer.Option(help="Size of the pool. [HBM_POOL_BYTES]")
     ] = None,
     link_bytes_per_s: Annotated[
         float | None,
         typer.Option(
-            envvar="HBM_LINK_BYTES_PER_S",
-            help="On CPU: make host-to-device copies cost what they cost on this link; 0: off.",
+            help="On CPU: make host-to-device copies cost what they cost on this link; 0: off. "
+            "[HBM_LINK_BYTES_PER_S]"
         ),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(envvar="HBM_SEED", help="Seed of weights and tables.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and tables. [HBM_SEED]")] = None,
     weights: Annotated[
-        Path | None,
-        typer.Option(envvar="HBM_WEIGHTS", help="A safetensors file instead of the seed."),
+        Path | None, typer.Option(help="A safetensors file instead of the seed. [HBM_WEIGHTS]")
     ] = None,
     slo_ms: Annotated[
-        float | None, typer.Option(envvar="HBM_SLO_MS", help="Latency that counts as met.")
+        float | None, typer.Option(help="Latency that counts as met. [HBM_SLO_MS]")
     ] = None,
     pipeline: Annotated[
         bool | None,
         typer.Option(
             "--pipeline/--no-pipeline",
-            envvar="HBM_PIPELINE",
-            help="Gather rows of the next batch while this one computes.",
+            help="Gather rows of the next batch while this one computes. [HBM_PIPELINE]",
         ),
     ] = None,
     cache: Annotated[
         bool | None,
         typer.Option(
             "--cache/--no-cache",
-            envvar="HBM_CACHE",
-            help="Without: no pool, everything is fetched and computed anew (for comparison).",
+            help="Without: no pool, everything is fetched and computed anew, for comparison. "
+            "[HBM_CACHE]",
         ),
     ] = None,
     ready_file: Annotated[
         Path | None,
-        typer.Option(envvar="HBM_READY_FILE", help="Written by rename once requests are welcome."),
+        typer.Option(help="Written by rename once requests are welcome. [HBM_READY_FILE]"),
     ] = None,
     log_json: Annotated[
         bool | None,
-        typer.Option("--log-json/--log-text", envvar="HBM_LOG_JSON", help="Default: by terminal."),
+        typer.Option("--log-json/--log-text", help="Default: by terminal. [HBM_LOG_JSON]"),
     ] = None,
 ) -> None:
     """Reference model server over one pool for rows and KV pages."""
-    import socket
-
+    flags: dict[str, Any] = dict(locals())
     from hbm_serving.config import load_config
     from hbm_serving.errors import ConfigError
     from hbm_serving.log import configure_log
+    from hbm_serving.settings import read_settings
 
-    overrides: dict[str, Any] = {
-        "pool.alpha": alpha,
-        "pool.alpha_min": alpha_min,
-        "pool.alpha_max": alpha_max,
-        "pool.pool_bytes": pool_bytes,
-        "server.seed": seed,
-        "server.weights": weights,
-        "server.slo_ms": slo_ms,
-        "server.pipeline": pipeline,
-        "server.cache": cache,
-    }
-    given = {name: value for name, value in overrides.items() if value is not None}
-    if link_bytes_per_s is not None:
-        given["pool.link_bytes_per_s"] = link_bytes_per_s or None
-    configure_log(log_json)
     try:
-        loaded = load_config(config, given)
-        if ready_file is not None and not ready_file.parent.is_dir():
-            raise ConfigError(f"--ready-file: {ready_file.parent} is not a directory")
-        if ready_file is not None and ready_file.is_dir():
-            raise ConfigError(f"--ready-file: {ready_file} is a directory; name a file in it")
+        settings = read_settings(flags)
+        configure_log(settings.log_json)
+        loaded = load_config(settings.config, settings.overrides())
         # Torch is imported only once the file is known to be sound.
         from hbm_serving.engine import Engine
         from hbm_serving.memory import pool_config
@@ -138,10 +119,13 @@ def serve(
 
         if loaded.server.cache:
             pool_config(loaded)
-        if run_dir is not None:
-            claim_run_dir(run_dir)
-        public, admin = bind(host, port), bind(admin_host, admin_port)
-        engine = Engine(loaded, device=device, run_dir=run_dir, node=node or socket.gethostname())
+        if settings.run_dir is not None:
+            claim_run_dir(settings.run_dir)
+        public = bind(settings.host, settings.port)
+        admin = bind(settings.admin_host, settings.admin_port)
+        engine = Engine(
+            loaded, device=settings.device, run_dir=settings.run_dir, node=settings.node
+        )
     except (ConfigError, MemoryError) as error:
         _refuse(str(error))
-    serve_until_stopped(engine, public, admin, ready_file)
+    serve_until_stopped(engine, public, admin, settings.ready_file)

@@ -59,8 +59,8 @@ def claim_run_dir(run_dir: Path) -> int | None:
     """Holds `server.lock` in `run_dir` until the process ends; the descriptor that holds it.
 
     A second server would replace the control block of the first, which nobody would then hear.
-    Raises `ConfigError` when a server runs there. None when the directory cannot be written:
-    then the engine serves without a control block, and says so.
+    Raises `ConfigError` when a server runs there. None when the directory cannot be written (a full
+    or read-only file system): then the engine serves without a control block, and says so.
     """
     try:
         descriptor = os.open(run_dir / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

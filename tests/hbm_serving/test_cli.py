@@ -21,6 +21,7 @@ from hbm_pool.contracts.records import COMMAND, TELEMETRY
 from hbm_serving.cli import app
 from hbm_serving.config import load_config
 from hbm_serving.reference import ReferenceScorer
+from hbm_serving.settings import ServeSettings, read_settings
 from typer.testing import CliRunner
 
 BODY = {"history": {"items": [1, 2], "timestamps": [1, 2]}, "candidates": [3]}
@@ -124,6 +125,10 @@ def test_a_run_directory_has_one_server(serve: Callable[..., Served], tmp_path: 
         (["--config", "tiny", "--device", "tpu"], "device=tpu"),
         (["--config", "tiny", "--weights", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--config", "tiny", "--ready-file", "/nowhere/at/all"], "/nowhere/at is not a directory"),
+        (["--config", "tiny", "--run-dir", "/nowhere"], "--run-dir: /nowhere is not a directory"),
+        (["--config", "tiny", "--run-dir", "/proc/version"], "/proc/version is not a directory"),
+        (["--config", "tiny", "--node", "a/b"], "--node: 'a/b' is no name; use letters"),
+        (["--config", "tiny", "--port", "70000"], "--port: Input should be less than or equal to"),
         (["--config", "tiny", "--host", "300.1.1.1"], "cannot listen on 300.1.1.1"),
     ],
 )
@@ -133,12 +138,49 @@ def test_wrong_configuration_exits_2_with_one_line(flags: list[str], said: str) 
     assert line.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("HBM_PORT", "http", "--port: Input should be a valid integer"),
+        ("HBM_NODE", "node one", "--node: 'node one' is no name"),
+        ("HBM_RUN_DIR", "/nowhere", "--run-dir: /nowhere is not a directory"),
+        ("HBM_ALPHA", "0.95", "alpha=0.95 <= alpha_max=0.7"),
+        ("HBM_CONFIG", "nowhere.yaml", "nowhere.yaml: cannot be read"),
+    ],
+)
+def test_variables_say_the_same_as_flags(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv("HBM_CONFIG", "tiny")
+    monkeypatch.setenv(variable, value)
+    line = refused()
+    assert said in line
+    assert line.count("\n") == 1
+
+
+def test_every_setting_is_a_flag_and_a_variable() -> None:
+    told = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).stdout
+    for name in ServeSettings.model_fields:
+        assert f"HBM_{name.upper()}" in told
+        assert name == "log_json" or f"--{name.replace('_', '-')}" in told
+
+
+def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HBM_RUN_DIR", "")
+    monkeypatch.setenv("HBM_LINK_BYTES_PER_S", "0")
+    settings = read_settings({"seed": 5})
+    assert settings.run_dir is None
+    assert settings.overrides() == {"server.seed": 5, "pool.link_bytes_per_s": None}
+
+
 def test_one_life_of_a_server(
     serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Seed from the environment, an unusable run directory, a taken port, admin apart, drain."""
     monkeypatch.setenv("HBM_SEED", "3")
-    served = serve("--run-dir", str(tmp_path / "absent"), "--no-pipeline")
+    run_dir = tmp_path / "run"
+    (run_dir / "server.cb").mkdir(parents=True)  # where the control block should be
+    served = serve("--run-dir", str(run_dir), "--no-pipeline")
     monkeypatch.delenv("HBM_SEED")
     assert set(served.listening) == {"pid", "host", "port", "admin_port"}
     assert served.listening["pid"] == served.process.pid
