@@ -54,7 +54,8 @@ def decision(nodes: int, count: int, seed: int) -> dict[str, Any]:
     """Times `Chooser.choose` over a fleet that looks like a busy one."""
     from hbm_pool.contracts.digest import NODE_SCHEMA, NodeState
     from hbm_pool.contracts.identity import DIGEST_KEY_MASK
-    from hbm_router.choose import Choice, Chooser, Facts
+    from hbm_router.choice import Choice, Facts
+    from hbm_router.choose import Chooser
     from hbm_router.config import RouterSettings
     from hbm_router.cost import CostTable, Trust
     from hbm_router.discovery import Backend

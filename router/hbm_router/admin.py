@@ -62,7 +62,14 @@ def build_app(plane: Dataplane, lifecycle: Lifecycle, loop: asyncio.AbstractEven
     @app.exception_handler(TimeoutError)
     async def _timeout(*_: Any) -> JSONResponse:
         return JSONResponse(
-            {"error": "the data path did not answer in time", "reason": "timeout"}, status_code=504
+            {
+                "error": {
+                    "field": "server",
+                    "message": "the data path did not answer in time",
+                    "reason": "timeout",
+                }
+            },
+            status_code=504,
         )
 
     @app.get("/livez")

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from hbm_pool.contracts.identity import digest_key
 
-from hbm_router import wire
+from hbm_router.choice import Choice, Facts, NodeCost
 from hbm_router.config import Policy, RouterSettings
 from hbm_router.cost import CostTable, Trust, computed_ms, saved_ms
 from hbm_router.fleet import Fleet, Node, Ticket
@@ -36,60 +36,6 @@ REFRESH_S: Final = 0.02
 SPECULATIVE_HIT: Final = 0.95
 """P(hit) where a user was just sent: the request before may have failed or been served uncached."""
 _INF: Final = float("inf")
-
-
-class Facts(NamedTuple):
-    """What is known about a request without reading its body."""
-
-    user: int | None
-    """Signed 64-bit user hash; `None` for an anonymous request."""
-    history_tokens: int
-    candidates: int
-    source: str
-    deadline_ms: float | None = None
-    shards: tuple[int, ...] = ()
-
-
-class Choice(NamedTuple):
-    """Where a request goes, and why."""
-
-    node: Node
-    est_ms: float | None
-    """Expected cost there, queue included; `None` where nothing is known."""
-    work_ms: float
-    """The part of it that occupies the node."""
-    hit_probability: float
-    kv: str
-    why: str
-    source: str
-
-    def header_lines(self, *, retried: bool) -> bytes:
-        """X-HBM-Node and X-HBM-Decision, ready to be sent."""
-        est = "" if self.est_ms is None else f"est_ms={self.est_ms:.1f};"
-        retry = ";retry=1" if retried else ""
-        return (
-            f"{_NODE}: {self.node.name}\r\n"
-            f"{_DECISION}: kv={self.kv};{est}why={self.why};source={self.source}{retry}\r\n"
-        ).encode()
-
-
-_NODE: Final = wire.NODE.decode()
-_DECISION: Final = wire.DECISION.decode()
-
-
-class NodeCost(NamedTuple):
-    """One node's line in an explanation."""
-
-    name: str
-    usable: bool
-    cost_ms: float | None
-    queue_ms: float
-    own_ms: float
-    hit_probability: float
-    cached_tokens: int
-    trust: float
-    inflight: int
-    score: float | None
 
 
 class Chooser:
@@ -117,6 +63,8 @@ class Chooser:
         """Moving average of what servers report: the work of a request where nothing is known."""
         self.informed = False
         """Whether anything the nodes said is still believed."""
+        self._computing: dict[int, Ticket] = {}
+        """Digest key -> the user's oldest request in flight: what it computes, later ones reuse."""
         self._open: list[bool] = []
         self._open_list: list[int] = []
         self._sheds = settings.max_queue_ms > 0 or settings.shed_over_deadline
@@ -203,13 +151,24 @@ class Chooser:
 
     def admit(self, choice: Choice) -> Ticket:
         """Counts a request onto its node."""
-        ticket = self._fleet.admit(choice.node, choice.work_ms)
+        user = choice.facts.user
+        if user is None:
+            ticket = self._fleet.admit(choice.node, choice.work_ms)
+        else:
+            key = digest_key(user)
+            ticket = self._fleet.admit(
+                choice.node, choice.work_ms, key, choice.facts.history_tokens
+            )
+            self._computing.setdefault(key, ticket)
         self.touch(choice.node)
         return ticket
 
     def release(self, ticket: Ticket) -> None:
         """Takes it off again."""
         self._fleet.release(ticket)
+        key = ticket.user_key
+        if key is not None and self._computing.get(key) is ticket:
+            del self._computing[key]
         self.touch(ticket.node)
 
     # -- choosing
@@ -233,8 +192,10 @@ class Chooser:
         policy = self._policy
         work_ms: float | None = None
         if policy is Policy.COST_MS and self.informed:
-            index, why = self._least_cost(facts, holders, without)
-            work_ms = float(self._total[index]) - self._waiting_ms(index)
+            shared = self._shared(facts, holders)
+            index, why = self._least_cost(facts, holders, without, shared)
+            if index != shared[0]:
+                work_ms = float(self._total[index]) - self._waiting_ms(index)
         elif policy is Policy.WEIGHTED and self.informed:
             index, why = self._weighted(facts, holders, candidates)
         elif policy is Policy.LEAST_LOAD:
@@ -268,15 +229,47 @@ class Chooser:
         if lately is not None:
             node = self._fleet.by_name.get(lately.node)
             if node is not None:
-                probability, tokens = found.get(node.index, (0.0, 0))
-                found[node.index] = (
-                    max(probability, SPECULATIVE_HIT * node.kv_precision),
-                    max(tokens, lately.tokens),
-                )
+                self._expect(found, node, lately.tokens)
+        computing = self._computing.get(key)
+        if computing is not None and computing.node.index >= 0:
+            self._expect(found, computing.node, computing.history_tokens)
         return found
 
+    @staticmethod
+    def _expect(found: dict[int, tuple[float, int]], node: Node, tokens: int) -> None:
+        probability, known = found.get(node.index, (0.0, 0))
+        found[node.index] = (
+            max(probability, SPECULATIVE_HIT * node.kv_precision),
+            max(tokens, known),
+        )
+
+    def _shared(self, facts: Facts, holders: dict[int, tuple[float, int]]) -> tuple[int, float]:
+        """(index, ms): where the user's history is being computed right now, and how much of the
+        wait for it is no reason to go elsewhere; (-1, 0) when nothing of the user is in flight.
+
+        Computing it a second time would take that time from the other node's users. At most what
+        is saved there counts, so that many requests of one user at once still spread.
+        """
+        if facts.user is None or not self._computing:
+            return -1, 0.0
+        first = self._computing.get(digest_key(facts.user))
+        index = first.node.index if first is not None else -1
+        if first is None or index < 0:
+            return -1, 0.0
+        probability, tokens = holders[index]
+        saved = probability * saved_ms(
+            self._token_list[index],
+            self._context_list[index],
+            min(tokens, facts.history_tokens),
+        )
+        return index, min(first.work_ms, saved, self._waiting_ms(index))
+
     def _least_cost(
-        self, facts: Facts, holders: dict[int, tuple[float, int]], without: int
+        self,
+        facts: Facts,
+        holders: dict[int, tuple[float, int]],
+        without: int,
+        shared: tuple[int, float],
     ) -> tuple[int, str]:
         settings, table = self._settings, self._table
         total, scratch = self._total, self._scratch
@@ -291,6 +284,8 @@ class Chooser:
             total[index] -= probability * saved_ms(
                 self._token_list[index], self._context_list[index], cached
             )
+        if shared[0] >= 0:
+            total[shared[0]] -= shared[1]
         if without >= 0:
             total[without] = _INF
         best = int(total.argmin())
@@ -453,7 +448,7 @@ class Chooser:
             hit_probability=probability,
             kv=kv,
             why=why,
-            source=facts.source,
+            facts=facts,
         )
 
     def explain(self, facts: Facts) -> list[NodeCost]:
@@ -461,6 +456,7 @@ class Chooser:
         now_s = self._clock()
         self._refresh(now_s)
         holders = self._holders(facts.user, now_s)
+        shared_index, shared_ms = self._shared(facts, holders)
         lines = []
         for index, node in enumerate(self._fleet.nodes):
             probability, tokens = holders.get(index, (0.0, 0))
@@ -468,7 +464,10 @@ class Chooser:
                 NodeCost(
                     name=node.name,
                     usable=self._open[index],
-                    cost_ms=self._cost(facts, holders, index) if self.informed else None,
+                    cost_ms=self._cost(facts, holders, index)
+                    - (shared_ms if index == shared_index else 0.0)
+                    if self.informed
+                    else None,
                     queue_ms=self._queue_list[index],
                     own_ms=self._own[index],
                     hit_probability=probability,

@@ -400,6 +400,7 @@ class ClientConnection(asyncio.Protocol):
                     408,
                     "request_timeout",
                     f"the request head took more than {settings.head_timeout_s} s",
+                    field="head",
                 )
             )
         elif self._phase is _Phase.LINGER:

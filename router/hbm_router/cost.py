@@ -3,13 +3,14 @@
     cost(n) = fixed(n)
             + (token(n) + row(n)) * (L + C) + context(n) * (L * L / 2 + L * C)        all computed
             - P(hit, n) * [(token(n) + row(n)) * c + context(n) * c * c / 2]           less reuse
-            + queue(n) + own(n)
+            + queue(n) + own(n) - shared(n)
 
 with L history tokens, C candidates, c = min(cached tokens, L), and
 
     row(n)   = cost_row_ms * rows_per_token * emb_miss_ratio      expected misses per computed token
     queue(n) = trust(n) * queue_ms
     own(n)   = work of our own requests in flight - trust(n) * the part sent before the heartbeat
+    shared(n) = min(work of the user's oldest request in flight on n, what reuse saves, the wait)
     P(hit,n) = trust of the digest * the node's record of predictions that came true
 
 Why each term exists
@@ -21,6 +22,9 @@ Why each term exists
   requests to the node that was idle; `own` adds what this router has sent since.
 * Requests sent before the heartbeat are part of the queue that it reports; as trust in it falls
   they count as our own again, until with no trust left the load is what we know first hand.
+* `shared`: the second of two concurrent requests of a user waits for the first and reuses what it
+  computed. Going elsewhere may be quicker for that user, but computes the history twice, at the
+  cost of everybody else there; so that wait is not held against the node, up to what is saved.
 
 When a signal is missing
 * a node that said nothing: the medians of the others, no residency, own requests only;

@@ -15,7 +15,8 @@ import structlog
 from hbm_pool.contracts.identity import MAX_USER_ID_BYTES, digest_key, user_hash
 
 from hbm_router import wire
-from hbm_router.choose import Choice, Chooser, Facts, NodeCost
+from hbm_router.choice import Choice, Facts, NodeCost
+from hbm_router.choose import Chooser
 from hbm_router.client import ClientConnection
 from hbm_router.config import RouterSettings
 from hbm_router.cost import CostTable

@@ -6,12 +6,12 @@ cluster. A node found in Redis is matched to a backend by its name only, never b
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
+from hbm_pool.contracts.names import check_name
+
 MAX_BACKENDS: Final = 1024
 
 
@@ -64,10 +64,10 @@ def parse_backends(text: str) -> tuple[Backend, ...]:
         name, url = name.strip(), url.strip()
         if not equals or not url:
             raise ValueError(f"backend {entry!r} has no address; write NAME=http://HOST:PORT")
-        if not _NAME.fullmatch(name):
-            raise ValueError(
-                f"backend name {name!r} is not valid; use up to 253 letters, digits, '.', '_', '-'"
-            )
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise ValueError(f"backend name {error}") from None
         try:
             parts = urlsplit(url)
             port = parts.port

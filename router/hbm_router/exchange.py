@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from hbm_router import wire
-from hbm_router.choose import Choice, Facts
+from hbm_router.choice import Choice, Facts
 from hbm_router.fleet import Node, Ticket
 from hbm_router.request import IDEMPOTENT, RequestHead
 from hbm_router.wire import Refusal
@@ -127,10 +127,15 @@ class Exchange:
         self._body_bytes += len(data)
         limit = self._plane.settings.max_body_bytes
         if limit and self._body_bytes > limit:
-            refusal = Refusal(413, "body_too_large", f"the body exceeds the limit of {limit} bytes")
+            refusal = Refusal(
+                413,
+                "body_too_large",
+                f"the body exceeds the limit of {limit} bytes",
+                field="body",
+            )
             if self.started:
                 self._give_up(refusal)
-            else:
+            elif self.refusal is None:
                 self.refusal = refusal
             return
         self._keep_body(wire.chunk(data) if self.head.chunked else data)
@@ -412,6 +417,7 @@ class Exchange:
         self.client.write(
             wire.refusal_bytes(
                 refusal,
+                self.head.target,
                 self.head.request_id,
                 close=not self.keep_alive,
                 head_only=self.head.method == b"HEAD",
@@ -433,7 +439,9 @@ class Exchange:
         silent_s = now_s - self.progress_s
         if not self.request_complete and (overdue or not self.client.reading_paused):
             if overdue or silent_s > settings.body_timeout_s:
-                self._give_up(Refusal(408, "request_timeout", "the request body stopped coming"))
+                self._give_up(
+                    Refusal(408, "request_timeout", "the request body stopped coming", field="body")
+                )
         elif silent_s > settings.response_timeout_s and not self.client.writing_paused:
             assert self._choice is not None
             node = self._choice.node

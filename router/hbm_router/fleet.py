@@ -70,6 +70,9 @@ class Ticket(NamedTuple):
     node: Node
     work_ms: float
     era: int
+    user_key: int | None = None
+    """Digest key of the user; `None` for an anonymous request."""
+    history_tokens: int = 0
 
 
 class Fleet:
@@ -110,12 +113,14 @@ class Fleet:
             self.ring = HashRing(names)
         self.health_version += 1
 
-    def admit(self, node: Node, work_ms: float) -> Ticket:
+    def admit(
+        self, node: Node, work_ms: float, user_key: int | None = None, history_tokens: int = 0
+    ) -> Ticket:
         """Counts a request onto a node."""
         node.inflight += 1
         node.inflight_ms += work_ms
         self.inflight += 1
-        return Ticket(node, work_ms, node.era)
+        return Ticket(node, work_ms, node.era, user_key, history_tokens)
 
     def release(self, ticket: Ticket) -> None:
         """Takes it off again."""

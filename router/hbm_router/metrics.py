@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from hbm_router.choose import Choice
+from hbm_router.choice import Choice
 from hbm_router.wire import Refusal
 
 LATENCY_S: Final = (
@@ -148,9 +148,11 @@ class RouterMetrics:
         if child is None:
             child = self._by_decision[key] = self._decisions.labels(*key)
         child.inc()
-        source = self._by_source.get(choice.source)
+        source = self._by_source.get(choice.facts.source)
         if source is None:
-            source = self._by_source[choice.source] = self._sources.labels(choice.source)
+            source = self._by_source[choice.facts.source] = self._sources.labels(
+                choice.facts.source
+            )
         source.inc()
         self.decision_s.observe(seconds)
 

@@ -124,6 +124,7 @@ class RequestHead:
                 413,
                 "body_too_large",
                 f"the body has {self.content_length} bytes; at most {max_body_bytes} are allowed",
+                field="body",
             )
         if not self.target.startswith(b"/") and self.target != b"*":
             return self._take_absolute_target()

@@ -85,6 +85,8 @@ class Refusal(NamedTuple):
     message: str
     dropped: bool = False
     retry_after_s: int = 0
+    field: str = "server"
+    """What the client should look at: `head` or `body` of the request, else it is not to blame."""
 
 
 def chunk(data: bytes) -> bytes:
@@ -119,15 +121,21 @@ def int_list(value: bytes | None, limit: int = 64) -> tuple[int, ...]:
 
 
 def refusal_bytes(
-    refusal: Refusal, request_id: bytes, *, close: bool, head_only: bool, extra: bytes = b""
+    refusal: Refusal,
+    target: bytes,
+    request_id: bytes,
+    *,
+    close: bool,
+    head_only: bool,
+    extra: bytes = b"",
 ) -> bytes:
-    """A whole response: JSON with what was wrong, and the reason as one word."""
+    """A whole response, its body in the model server's form: what was wrong, and the reason as one
+    word. Below `/v2` one string, as the Open Inference Protocol wants it."""
+    field = "head" if refusal.reason == "bad_request" else refusal.field
     body = orjson.dumps(
-        {
-            "error": refusal.message,
-            "reason": refusal.reason,
-            "request_id": request_id.decode("latin-1"),
-        }
+        {"error": f"{field}: {refusal.message}"}
+        if target.startswith(b"/v2")
+        else {"error": {"field": field, "message": refusal.message, "reason": refusal.reason}}
     )
     parts = [
         STATUS_LINES[refusal.status],

@@ -72,7 +72,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._refuse(400, msg)
 
     def _refuse(self, status: int, message: str) -> None:
-        body = error_body("head", message)
+        body = error_body("head", message, "request_timeout" if status == 408 else "bad_request")
         reason = {400: "Bad Request", 408: "Request Timeout"}.get(
             status, "Request Header Fields Too Large"
         )

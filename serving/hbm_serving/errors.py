@@ -20,6 +20,11 @@ class RequestError(ServingError):
         self.message = message
         self.status = status
 
+    @property
+    def reason(self) -> str:
+        """The kind of problem as one word, the router's words."""
+        return {408: "request_timeout", 413: "body_too_large"}.get(self.status, "bad_request")
+
 
 class Refused(ServingError):
     """A sound request that is not computed now: answered with 503 and `Retry-After`."""

@@ -1,7 +1,7 @@
 """The public HTTP application: `/v1/rank`, health, metrics; Open Inference Protocol beside it.
 
 The handlers read the body themselves, bounded in size and time before anything is parsed, and
-answer every failure with `{"error": {"field", "message"}}`.
+answer every failure with `{"error": {"field", "message", "reason"}}`, as the router does.
 """
 
 from __future__ import annotations
@@ -129,11 +129,11 @@ def result_headers(result: RankResult, candidates: int, request_tokens: int) -> 
     return headers
 
 
-def error_body(field: str, message: str) -> bytes:
-    return orjson.dumps({"error": {"field": field, "message": message}})
+def error_body(field: str, message: str, reason: str) -> bytes:
+    return orjson.dumps({"error": {"field": field, "message": message, "reason": reason}})
 
 
-def oip_error_body(field: str, message: str) -> bytes:
+def oip_error_body(field: str, message: str, reason: str) -> bytes:
     """Open Inference Protocol wants one string."""
     return orjson.dumps({"error": f"{field}: {message}"})
 
@@ -152,7 +152,7 @@ class Answering:
         self._clock = clock
 
     def __call__(
-        self, endpoint: str, handler: Handler, body: Callable[[str, str], bytes] = error_body
+        self, endpoint: str, handler: Handler, body: Callable[[str, str, str], bytes] = error_body
     ) -> Handler:
         """Wraps `handler`; `body` writes an error in the form of its protocol."""
 
@@ -163,10 +163,12 @@ class Answering:
             except RequestError as error:
                 # Unread rest of a body: only closing the connection gets rid of it.
                 close = {"connection": "close"} if error.status in (408, 413, 415) else None
-                response = json_response(body(error.field, error.message), error.status, close)
+                response = json_response(
+                    body(error.field, error.message, error.reason), error.status, close
+                )
             except Refused as refused:
                 response = json_response(
-                    body("server", refused.message),
+                    body("server", refused.message, refused.reason),
                     503,
                     {
                         "retry-after": str(max(1, math.ceil(refused.retry_after_s))),
@@ -174,10 +176,10 @@ class Answering:
                     },
                 )
             except ClientDisconnect:
-                response = json_response(body("body", "the client went away"), 400)
+                response = json_response(body("body", "the client went away", "disconnected"), 400)
             except Exception:
                 _log.exception("request failed", endpoint=endpoint)
-                response = json_response(body("server", "internal error"), 500)
+                response = json_response(body("server", "internal error", "internal"), 500)
             request_id = request.headers.get(names.REQUEST_ID)
             if request_id is not None:
                 response.headers[names.REQUEST_ID] = request_id
@@ -273,7 +275,7 @@ def plain_errors(app: FastAPI) -> None:
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
         body = oip_error_body if request.url.path.startswith("/v2") else error_body
         headers = dict(error.headers) if error.headers else None
-        return json_response(body(field, message), error.status_code, headers)
+        return json_response(body(field, message, "bad_request"), error.status_code, headers)
 
     app.add_exception_handler(HTTPException, unknown)
 

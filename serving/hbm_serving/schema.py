@@ -36,8 +36,9 @@ class RankResponse(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    field: str = Field(description="Where the problem is, e.g. `history.items[3]`.")
+    field: str = Field(description="Where the problem is, e.g. `history.items[3]`, or `server`.")
     message: str
+    reason: str = Field(description="The kind of problem as one word, e.g. `bad_request`.")
 
 
 class ErrorResponse(BaseModel):

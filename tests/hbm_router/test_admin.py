@@ -10,7 +10,9 @@ import pytest
 from hbm_pool.contracts.identity import user_hash
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.hbm_router.conftest import Backend, connection, free_port, post, until
+from tests.hbm_router.backend import Backend
+from tests.hbm_router.http_client import connection, post
+from tests.hbm_router.waiting import free_port, until
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hbm_router.choose import Choice
+from hbm_router.choice import Choice
+from hbm_router.discovery import Backend
 from hbm_router.wire import Refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,6 +83,56 @@ def test_between_heartbeats_requests_do_not_herd() -> None:
         b.chooser.admit(b.choose(None))
     share = [node.inflight for node in b.fleet.nodes]
     assert min(share) >= 8, share
+
+
+def test_a_second_request_waits_for_the_first_instead_of_computing_twice() -> None:
+    """Elsewhere it would be answered a little sooner, at the cost of everybody there."""
+    b = make_bench("a", "b")
+    b.say("a")
+    b.say("b", queue_ms=2)
+    first = b.choose(USER)
+    assert (first.node.name, first.kv) == ("a", "miss")
+    ticket = b.chooser.admit(first)
+    second = b.choose(USER)
+    assert (second.node.name, second.kv) == ("a", "hit")
+    assert second.est_ms is not None
+    assert second.est_ms > first.work_ms / 2, "the wait is not denied"
+    b.chooser.release(ticket)
+    assert b.choose(USER).kv == "miss", "no digest names the user, nothing is in flight"
+
+
+def test_a_queue_of_others_still_sends_the_second_request_elsewhere() -> None:
+    b = make_bench("a", "b")
+    b.say("a")
+    b.say("b", queue_ms=2)
+    b.chooser.admit(b.choose(USER))
+    b.say("a", queue_ms=60)
+    b.say("b")
+    assert b.choose(USER).node.name == "b"
+
+
+def test_many_requests_of_one_user_at_once_still_spread() -> None:
+    b = make_bench("a", "b", "c", "d")
+    for name in "abcd":
+        b.say(name)
+    for _ in range(80):
+        b.chooser.admit(b.choose(USER, candidates=1000))
+    share = [node.inflight for node in b.fleet.nodes]
+    assert min(share) >= 10, share
+
+
+def test_a_user_in_flight_on_a_node_that_left_is_forgotten() -> None:
+    b = make_bench("a", "b")
+    for name in "ab":
+        b.say(name)
+    first = b.choose(USER)
+    ticket = b.chooser.admit(first)
+    stays = "b" if first.node.name == "a" else "a"
+    b.fleet.update([Backend(stays, "h", 1)])
+    b.chooser.fleet_changed()
+    second = b.choose(USER)
+    assert (second.node.name, second.kv) == (stays, "miss")
+    b.chooser.release(ticket)
 
 
 def test_nodes_over_the_deadline_are_skipped() -> None:

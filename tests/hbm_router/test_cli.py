@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hbm_router.config import Policy, RouterSettings
 
-from tests.hbm_router.conftest import free_port
+from tests.hbm_router.waiting import free_port
 
 COMMAND = (sys.executable, "-c", "from hbm_cli.main import main; main()", "router")
 GOOD = ("--backends", "a=http://127.0.0.1:1")
@@ -39,7 +39,7 @@ def run(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
         (("--backends", "a=http://h:"), ["'http://h:'", "http://HOST:PORT"]),
         (("--backends", "a=http://h:99999"), ["'http://h:99999' is not an address"]),
         (("--backends", "a=http://h:1/path"), ["'http://h:1/path' carries more"]),
-        (("--backends", "a b=http://h:1"), ["name 'a b' is not valid"]),
+        (("--backends", "a b=http://h:1"), ["backend name 'a b' is no name"]),
         (("--backends", "a=http://h:1,a=http://h:2"), ["'a' is given twice"]),
         ((*GOOD, "--redis-url", "localhost:6379"), ["--redis-url", "redis://HOST:PORT"]),
         ((*GOOD, "--redis-url", "redis://h:bad"), ["--redis-url", "'redis://h:bad'", "'bad'"]),

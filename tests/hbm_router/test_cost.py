@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from hbm_pool.contracts.identity import digest_key
-from hbm_router.choose import Choice, Chooser, Facts
+from hbm_router.choice import Choice, Facts
+from hbm_router.choose import Chooser
 from hbm_router.config import Policy, RouterSettings
 from hbm_router.cost import CostTable, Trust, computed_ms, saved_ms
 from hbm_router.discovery import Backend
@@ -21,7 +22,7 @@ from hbm_router.snapshot import NodeView, Residency, Snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.hbm_router.conftest import node_state
+from tests.hbm_router.published import node_state
 
 TRUST = Trust(fresh_s=2, half_life_s=5, expire_s=30)
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import h11
 import pytest
 
-from tests.hbm_router.conftest import Client, connection, free_port, get, post, until, until_async
+from tests.hbm_router.http_client import Client, connection, get, post
+from tests.hbm_router.waiting import free_port, until, until_async
 
 SCRIPT = Path(__file__).with_name("backend_process.py")
 

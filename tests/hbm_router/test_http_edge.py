@@ -12,17 +12,9 @@ from hbm_router.server import RouterServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.hbm_router.conftest import (
-    Backend,
-    Client,
-    Received,
-    connection,
-    free_port,
-    get,
-    post,
-    response,
-    until,
-)
+from tests.hbm_router.backend import Backend, Received, response
+from tests.hbm_router.http_client import Client, connection, get, post
+from tests.hbm_router.waiting import free_port, until
 
 HOST = b"Host: x\r\n"
 
@@ -73,11 +65,25 @@ async def test_malformed_requests_get_an_answer_and_nothing_reaches_a_backend(
         reply = await client.reply()
         assert reply.status == status, reply.body
         assert reply.header("connection") == "close"
-        assert set(reply.json()) == {"error", "reason", "request_id"}
+        assert set(reply.json()["error"]) == {"field", "message", "reason"}
         assert await client.closed() == b""
     assert a.requests == []
     async with connection(server.port) as client:
         assert (await client.ask(get())).status == 200
+
+
+async def test_below_v2_an_error_is_one_string(backends, router):
+    """The Open Inference Protocol's form, as the model server answers there."""
+    (a,) = await backends("a")
+    server = await router([a], max_body_bytes=4)
+    async with connection(server.port) as client:
+        reply = await client.ask(post("/v2/models/m/infer", body=b"12345"))
+    assert reply.status == 413
+    assert reply.json() == {"error": "body: the body has 5 bytes; at most 4 are allowed"}
+    async with connection(server.port) as client:
+        reply = await client.ask(post("/v1/rank", body=b"12345"))
+    assert reply.json()["error"]["field"] == "body"
+    assert reply.json()["error"]["reason"] == "body_too_large"
 
 
 @pytest.mark.parametrize("step", [1, 1000, 10**6])
@@ -130,7 +136,7 @@ async def test_slow_clients_time_out(backends, router, data):
     async with connection(server.port) as client:
         client.send(data)
         reply = await client.reply()
-        assert (reply.status, reply.json()["reason"]) == (408, "request_timeout")
+        assert (reply.status, reply.json()["error"]["reason"]) == (408, "request_timeout")
         await client.closed()
     await until(lambda: server.plane.fleet.inflight == 0, "the request to be given up")
 
@@ -205,7 +211,7 @@ async def test_garbage_from_a_backend_is_502(backends, router, garbage):
         for _ in range(2):
             reply = await client.ask(post(), "POST")
             assert reply.status == 502
-            assert reply.json()["reason"] in ("backend_garbage", "backend_head_too_large")
+            assert reply.json()["error"]["reason"] in ("backend_garbage", "backend_head_too_large")
             assert reply.header("x-hbm-node") == "a"
 
 
@@ -245,7 +251,7 @@ async def test_a_silent_backend_is_504(backends, router):
     server = await router([a], response_timeout_s=0.15)
     async with connection(server.port) as client:
         reply = await client.ask(post(), "POST")
-        assert (reply.status, reply.json()["reason"]) == (504, "backend_timeout")
+        assert (reply.status, reply.json()["error"]["reason"]) == (504, "backend_timeout")
         client.send(get("/half"))
         sent = await client.closed()
         assert sent.endswith(b"x" * 50)
@@ -258,8 +264,8 @@ async def test_an_absent_backend_is_502_and_no_backend_503(backends, router):
     server = await router([absent])
     async with connection(server.port) as client:
         reply = await client.ask(post(), "POST")
-        assert (reply.status, reply.json()["reason"]) == (502, "connect_failed")
-        assert "gone" in reply.json()["error"]
+        assert (reply.status, reply.json()["error"]["reason"]) == (502, "connect_failed")
+        assert "gone" in reply.json()["error"]["message"]
         server.plane.set_backends(())
         reply = await client.ask(post(), "POST")
         assert (reply.status, reply.header("x-hbm-dropped-reason")) == (503, "no_backends")
@@ -286,7 +292,7 @@ async def test_a_backend_that_does_not_accept_is_504(backends, router, monkeypat
             reply = await client.ask(post(), "POST")
         for blocker in blockers:
             blocker.close()
-    assert (reply.status, reply.json()["reason"]) == (504, "connect_timeout")
+    assert (reply.status, reply.json()["error"]["reason"]) == (504, "connect_timeout")
 
 
 async def test_too_many_requests_in_flight_are_shed(backends, router):

@@ -10,7 +10,9 @@ from hbm_router.discovery import Backend
 from hbm_router.fleet import Fleet, Node
 from hbm_router.outlier import OutlierDetector, RetryBudget
 
-from tests.hbm_router.conftest import connection, post, response, until
+from tests.hbm_router.backend import response
+from tests.hbm_router.http_client import connection, post
+from tests.hbm_router.waiting import until
 
 
 class Bench:
@@ -191,7 +193,7 @@ async def test_names_that_do_not_resolve_are_502(router, host):
     try:
         async with connection(server.port) as client:
             reply = await client.ask(post(), "POST")
-            assert (reply.status, reply.json()["reason"]) == (502, "connect_failed")
+            assert (reply.status, reply.json()["error"]["reason"]) == (502, "connect_failed")
         assert not server.failed.done()
     finally:
         await server.stop()

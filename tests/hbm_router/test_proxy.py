@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from tests.hbm_router.conftest import Received, connection, get, post, response
+from tests.hbm_router.backend import Received, response
+from tests.hbm_router.http_client import connection, get, post
 
 
 async def test_passes_a_request_and_its_answer(backends, router):

@@ -16,7 +16,7 @@ from hbm_router.reader import Collector, Rejected, SnapshotReader, accept_digest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.hbm_router.conftest import Publisher, RedisProcess, make_digest, node_state
+from tests.hbm_router.published import Publisher, RedisProcess, make_digest, node_state
 
 USER = user_hash("u1")
 

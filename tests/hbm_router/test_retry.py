@@ -6,7 +6,9 @@ import asyncio
 
 import pytest
 
-from tests.hbm_router.conftest import Backend, Received, connection, free_port, get, post, response
+from tests.hbm_router.backend import Backend, Received, response
+from tests.hbm_router.http_client import connection, get, post
+from tests.hbm_router.waiting import free_port
 
 
 def closes(node: Backend, *, when: str, sends: bytes = b"") -> None:
@@ -74,7 +76,7 @@ async def test_a_post_on_a_new_connection_is_sent_twice_only_where_that_is_harml
     if retried:
         assert (reply.status, reply.json()["node"]) == (200, "b")
     else:
-        assert (reply.status, reply.json()["reason"]) == (502, "backend_closed")
+        assert (reply.status, reply.json()["error"]["reason"]) == (502, "backend_closed")
         assert b.requests == []
     assert len(a.requests) == 1
 
@@ -93,7 +95,7 @@ async def test_nothing_is_sent_twice_after_the_first_byte_of_an_answer(pair, sen
     closes(a, when="fresh", sends=sends)
     async with connection(server.port) as client:
         reply = await client.ask(post(user=user), "POST")
-    assert (reply.status, reply.json()["reason"]) == (502, "backend_closed")
+    assert (reply.status, reply.json()["error"]["reason"]) == (502, "backend_closed")
     assert b.requests == []
 
 

@@ -127,6 +127,7 @@ def test_bad_fields_are_named(client: httpx.Client, body: Any, field: str) -> No
     assert answer.status_code == 422
     assert answer.json()["error"]["field"] == field
     assert answer.json()["error"]["message"]
+    assert answer.json()["error"]["reason"] == "bad_request"
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"{} {}", b"nan", b"[" * 5000])
