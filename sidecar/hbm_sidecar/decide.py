@@ -71,16 +71,6 @@ def _packer(record: npt.NDArray[Any]) -> Callable[..., None]:
     return functools.partial(layout.pack_into, record.reshape(1).view(np.uint8).data, 8)
 
 
-def _fill_command(pack: Callable[..., None], boot_epoch: int, decision: Decision) -> None:
-    pack(
-        boot_epoch,
-        decision.generation,
-        decision.target,
-        decision.refill_bytes_per_s,
-        decision.drop_only,
-    )
-
-
 class Decider:
     """State of the process. `clock_ns` is CLOCK_MONOTONIC in nanoseconds."""
 
@@ -117,17 +107,38 @@ class Decider:
         self._follow("server.cb", self._prepare_server)
 
     def dry(self) -> None:
-        """A whole decision whose outcome is thrown away."""
-        decision = self._decide(self._clock_ns())
-        if decision is not None:
-            _fill_command(self._pack_dry, 0, decision)
-            self._dry_writer.publish(self._dry_writer.record)
+        """A whole decision whose outcome is thrown away: all of a tick's code up to its command."""
+        server = self._server
+        if server is None or self._intake is None:
+            return
+        self._carry_out(server, self._pack_dry, self._dry_writer.publish, self._dry_writer.record)
 
-    def _decide(self, now_ns: int) -> Decision | None:
-        """Read telemetry and decide; None while there is no server's file."""
-        server, intake = self._server, self._intake
-        if server is None or intake is None:
-            return None
+    def _carry_out(
+        self,
+        server: ServerView,
+        pack: Callable[..., None],
+        write: Callable[[npt.NDArray[Any]], None],
+        record: npt.NDArray[Any],
+    ) -> tuple[Decision, int, int]:
+        """Decide and write the command: the decision, when it began and when that was stored."""
+        clock_ns = self._clock_ns
+        began_ns = clock_ns()
+        decision = self._decide(server, began_ns)
+        if decision.apply:
+            pack(
+                server.boot_epoch,
+                decision.generation,
+                decision.target,
+                decision.refill_bytes_per_s,
+                decision.drop_only,
+            )
+            write(record)
+        return decision, began_ns, clock_ns()
+
+    def _decide(self, server: ServerView, now_ns: int) -> Decision:
+        """Read telemetry and ask the policy."""
+        intake = self._intake
+        assert intake is not None  # it comes with the server
         server.read_telemetry(self._telemetry)
         reading = intake.reading(
             now_ns, server.boot_epoch, self._telemetry, self._known_intent, self._known_curves
@@ -190,17 +201,11 @@ class Decider:
     def tick(self, due_ns: int) -> None:
         """One decision. Nothing happens while there is no file to write to, or no server."""
         server, block = self._server, self._block
-        if server is None or block is None:
+        if server is None or block is None or self._intake is None:
             return
-        clock_ns = self._clock_ns
-        began_ns = clock_ns()
-        decision = self._decide(began_ns)
-        if decision is None:
-            return
-        if decision.apply:
-            _fill_command(self._pack_command, server.boot_epoch, decision)
-            block.write_command(block.command)
-        stored_ns = clock_ns()
+        decision, began_ns, stored_ns = self._carry_out(
+            server, self._pack_command, block.write_command, block.command
+        )
         self._state = decision.state
         dead = decision.reasons & _DEAD
         if dead and dead == self._said_dead:
