@@ -74,12 +74,14 @@ class Policy:
         reasons = 0
         mode = reading.mode
         assert mode is not None  # a missing mode is a fault
-        if mode != state.mode or _limited(reading, state):
-            # Steer from where the pool is, not from what was once wanted.
-            if mode == state.mode:
-                reasons = _SERVER_LIMITED
-            here = reading.alpha_target
+        here = reading.alpha_target
+        # Steer from where the pool is, not from what was once wanted.
+        if mode != state.mode:
             state = state._replace(mode=mode, target=here, goal=here)
+        elif _limited(reading, state):
+            reasons = _SERVER_LIMITED
+            # A fixed α out of the server's reach is one move, not a new one at each tick.
+            state = state._replace(target=here, goal=state.goal if mode == _FIXED else here)
         bounds = shield.bounds(reading)
         gating = self._gate.step(reading, state.gate)
         if gating.open:
@@ -122,7 +124,10 @@ def _hold(reading: Reading, state: PolicyState, reasons: int) -> Decision:
         target = alpha if alpha == alpha else 0.5
     held = state._replace(
         tick=state.tick + 1,
-        now_ns=max(state.now_ns, reading.now_ns) if reading.now_ns - state.now_ns < 1 << 62 else 0,
+        # A clock that went back (a restored checkpoint) costs one decision, not all until it has
+        # caught up.
+        now_ns=reading.now_ns,
+        move_ns=min(state.move_ns, reading.now_ns),
         goal=state.target,
     )
     mode = reading.mode if reading.mode in _MODE_REASON else _HOLD

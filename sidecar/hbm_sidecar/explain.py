@@ -84,6 +84,15 @@ def reason_codes(reasons: int) -> list[str]:
     return codes
 
 
+def starts_move(record: npt.NDArray[np.void]) -> bool:
+    """Whether a decision starts a move and commands it.
+
+    One change of where α is to go is one move, however many ramp steps it takes: the server's
+    `moves` counts the steps.
+    """
+    return int(record["generation"]) > 0 and bool(int(record["reasons"]) & Reason.MOVE_STARTED)
+
+
 def wall_offset_ns() -> int:
     """Unix time minus CLOCK_MONOTONIC, now."""
     return time.time_ns() - time.monotonic_ns()

@@ -38,6 +38,7 @@ class SidecarMetrics:
         )
         self.decisions = counter("decisions", "Decisions taken.")
         self.decision_reasons = counter("decision_reasons", "Decisions that state it.", ("reason",))
+        self.moves = counter("moves", "Moves of α started and commanded.")
         self.decisions_unseen = counter(
             "decisions_unseen", "Decisions overwritten before admin read them."
         )

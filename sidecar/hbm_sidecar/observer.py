@@ -24,7 +24,7 @@ from hbm_pool.contracts.control_block import (
 )
 from hbm_pool.contracts.records import CURVES, TELEMETRY
 
-from hbm_sidecar.explain import reason_codes
+from hbm_sidecar.explain import reason_codes, starts_move
 from hbm_sidecar.metrics import SidecarMetrics
 from hbm_sidecar.residency import ResidencyMirror
 from hbm_sidecar.supervisor import CHILDREN_FILE
@@ -213,6 +213,8 @@ class Observer:
             metrics.decisions.inc()
             metrics.decision_latency.observe(float(record["latency_us"]) * 1e-6)
             metrics.decision_due.observe(float(record["due_us"]) * 1e-6)
+            if starts_move(record):
+                metrics.moves.inc()
             for code in reason_codes(int(record["reasons"])):
                 metrics.decision_reasons.labels(code).inc()
         newest = fresh[-1]
