@@ -5,11 +5,18 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from hbm_operator.models.base import Condition, Metadata, Received, Strict
 
 Alpha = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _as_text(value: object) -> object:
+    """`0` and `"0"` are the same quantity; a bool is none."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 Quantity = Annotated[
     str,
     Field(
@@ -17,6 +24,7 @@ Quantity = Annotated[
         max_length=32,
         json_schema_extra={"x-kubernetes-int-or-string": True},
     ),
+    BeforeValidator(_as_text),
 ]
 
 
@@ -141,7 +149,11 @@ class ArtefactSpec(Strict):
     ]
     sha256: Annotated[
         str,
-        Field(pattern=r"^[0-9a-f]{64}$", description="Hash of the content, checked before use."),
+        Field(
+            pattern=r"^[0-9a-f]{64}$",
+            max_length=64,
+            description="Hash of the content, checked before use.",
+        ),
     ]
 
 
