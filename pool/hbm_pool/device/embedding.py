@@ -109,6 +109,7 @@ class EmbeddingCache:
         """
         requests = [self._request(name, wanted, out) for name, wanted in ids.items()]
         epoch = self._clock.begin(Lane.EMB)
+        self.link.begin_fetch()
         try:
             with self._lock:
                 self._order_streams()
@@ -122,6 +123,7 @@ class EmbeddingCache:
                 with self._lock:
                     self._pushes.end_read(ticket)
         finally:
+            self.link.end_fetch()
             self._clock.end(Lane.EMB, epoch)
 
     def prefetch(self, ids: Mapping[str, torch.Tensor]) -> int:
@@ -261,10 +263,11 @@ class EmbeddingCache:
                 found.append((kind.number, np.concatenate(missing)[:room]))
         return found
 
-    def refill(self, number: int, keys: Keys) -> int:
+    def refill(self, number: int, keys: Keys) -> int | None:
         """Copies rows of one class into unused slots; evicts nothing. Returns rows kept.
 
-        Raises RowStoreError when they cannot be read; the cache is as before then.
+        None, and nothing has changed, when somebody else needs the link. Raises RowStoreError when
+        they cannot be read; the cache is as before then.
         """
         kind = self.classes[number]
         with self._span(), self._reading() as ticket:
@@ -277,7 +280,8 @@ class EmbeddingCache:
                 if self.device.type == "cuda":
                     torch.cuda.current_stream(self.device).synchronize()
 
-            self.link.refill(fetch.nbytes, copy)
+            if self.link.refill(fetch.nbytes, copy) is None:
+                return None
             with self._lock:
                 self._order_streams()
                 stale = self._pushes.pending > 0
@@ -377,9 +381,8 @@ class EmbeddingCache:
         link_s = 0.0
         inserted: list[Inserted] = []
         if fetches:
-            with self.link.fetching():
-                link_s = self._fetch(fetches)
-                inserted = self._settle(fetches, ticket, waiting)
+            link_s = self._fetch(fetches)
+            inserted = self._settle(fetches, ticket, waiting)
         with self._lock:
             stats = self._count(requests, found, missed, inserted)
         return stats._replace(link_ms=link_s * 1e3)

@@ -2,7 +2,8 @@
 
 After a growth the new slots would fill by misses alone. The refiller fills them with the hottest
 rows that are not in the cache, as far as a token bucket allows, and only while nobody needs the
-link: it looks before every copy, and copies are short. It never evicts anything.
+link: it looks before every copy, and copies are so short that they have arrived before a request
+that has just begun needs the link. It never evicts anything.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from hbm_pool.device.row_index import Keys
 from hbm_pool.errors import RowStoreError
 
 COPY_BYTES: Final = 128 << 10
-COPY_S: Final = 200e-6
-"""One copy is at most this long on a modelled link, and at most `COPY_BYTES`: so long may a
-request have to wait that comes right behind it."""
+COPY_S: Final = 50e-6
+"""One copy is at most this long on a modelled link, and at most `COPY_BYTES`: shorter than it
+takes a request that comes right behind it to look its rows up and to read what it misses."""
 BURST_S: Final = 0.05
 """What the token bucket holds, as time at the set rate."""
 LIST_ROWS: Final = 4096
@@ -156,6 +157,8 @@ class Refiller:
                 self._lists = []
             return LOOK_S
         if not self._lists:
+            if not self._cache.link.quiet:  # choosing costs time on the processor, too
+                return self._yield()
             chosen = self._cache.refill_candidates(LIST_ROWS)
             with self._changed:
                 self._lists = chosen
@@ -171,10 +174,13 @@ class Refiller:
             if missing > 0.0:
                 return missing / self._rate
         if not self._cache.link.quiet:
-            with self._changed:
-                self._yields += 1
-            return YIELD_S
+            return self._yield()
         return self._copy(number, part, nbytes)
+
+    def _yield(self) -> float:
+        with self._changed:
+            self._yields += 1
+        return YIELD_S
 
     def _copy(self, number: int, part: Keys, nbytes: int) -> float:
         try:
@@ -184,6 +190,8 @@ class Refiller:
                 self._faults += 1
                 self._lists = []
             return FAULT_S
+        if kept is None:
+            return self._yield()
         with self._changed:
             self._tokens -= nbytes
             self._bytes += nbytes

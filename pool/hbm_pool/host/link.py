@@ -8,6 +8,7 @@ are served in the order in which they come; while something travels the other wa
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -68,7 +69,7 @@ class LinkModel:
         self._lock = threading.Lock()
         self._free_at_s = clock_s()
         self._back_free_at_s = self._free_at_s
-        self._refilling = False
+        self._refill_end_s = -math.inf  # when the last refill copy will have arrived
         self._fetching = 0
         self._spans: deque[tuple[float, float]] = deque()  # when something was on its way
         self._foreground_bytes = 0
@@ -78,54 +79,73 @@ class LinkModel:
         self._critical = 0
         self._back_bytes = 0
 
-    @contextmanager
-    def fetching(self) -> Iterator[None]:
-        """A request is fetching missed rows: refill waits (`quiet`)."""
+    def begin_fetch(self) -> None:
+        """A request begins to look rows up, and may need the link soon: refill waits (`quiet`).
+
+        Said this early, a short copy of the refiller that is on its way has arrived before the
+        request has looked up and read what it misses.
+        """
         with self._lock:
             self._fetching += 1
+
+    def end_fetch(self) -> None:
+        """That request has its rows."""
+        with self._lock:
+            self._fetching -= 1
+
+    @contextmanager
+    def fetching(self) -> Iterator[None]:
+        """`begin_fetch` and `end_fetch` around a block."""
+        self.begin_fetch()
         try:
             yield
         finally:
-            with self._lock:
-                self._fetching -= 1
+            self.end_fetch()
 
     @property
     def quiet(self) -> bool:
         """No request is fetching rows and nothing is on its way in either direction."""
         with self._lock:
-            now = self._clock_s()
-            return self._fetching == 0 and self._free_at_s <= now and self._back_free_at_s <= now
+            return self._quiet(self._clock_s())
 
     def foreground(self, nbytes: int) -> float:
         """Copies rows that a request waits for; returns what it took in seconds."""
         with self._lock:
             now = self._clock_s()
-            if self._refilling:
+            if now < self._refill_end_s:
                 self._critical += 1
-                self._refilling = False  # one copy of the refiller is in the way once
+                self._refill_end_s = -math.inf  # one copy of the refiller is in the way once
             self._foreground_bytes += nbytes
             self._foreground_copies += 1
             end = self._reserve(now, nbytes)
         return self._wait(now, end)
 
-    def refill(self, nbytes: int, copy: Callable[[], None] | None = None) -> float:
-        """Copies rows nobody waits for; ask `quiet` first. Returns what it took in seconds.
+    def refill(self, nbytes: int, copy: Callable[[], None] | None = None) -> float | None:
+        """Copies rows nobody waits for; returns what it took in seconds.
 
-        `copy` does the copy where there is a real link, and returns when it has arrived.
+        None, and nothing has happened, unless the link is `quiet`. `copy` does the copy where
+        there is a real link, and returns when it has arrived.
         """
         with self._lock:
             now = self._clock_s()
-            self._refilling = True
+            if not self._quiet(now):
+                return None
             self._refill_bytes += nbytes
             self._refill_copies += 1
             end = self._reserve(now, nbytes)
-        try:
-            if copy is not None:
+            self._refill_end_s = end if copy is None else math.inf
+        if copy is not None:
+            try:
                 copy()
-            return self._wait(now, end)
-        finally:
-            with self._lock:
-                self._refilling = False
+            finally:
+                with self._lock:
+                    # Unless a request has met it: then it has been counted.
+                    self._refill_end_s = min(self._refill_end_s, end)
+        # Nobody waits for these rows, so being late is fine and spinning would only disturb.
+        left = end - self._clock_s()
+        if left > 0.0:
+            self._sleep_s(left)
+        return max(0.0, end - now)
 
     def device_to_host(self, nbytes: int) -> float:
         """Copies the other way; returns what it took in seconds."""
@@ -168,6 +188,9 @@ class LinkModel:
         while self._spans and self._spans[0][1] < now - BUSY_WINDOW_S:
             self._spans.popleft()
         return end
+
+    def _quiet(self, now: float) -> bool:
+        return self._fetching == 0 and self._free_at_s <= now and self._back_free_at_s <= now
 
     def _busy(self, now: float) -> float:
         since = now - BUSY_WINDOW_S
