@@ -6,7 +6,9 @@
   pages, which torch does not; beside the plain tensor stands one that lies in them too.
 * `refill`: batches with misses over a modelled link, in turn with the refiller at rest and at work
   on extents that have just been won (4 % of the cache). Goal: foreground P99 <= 1.05 x, and under
-  1 % of the refiller's copies on the critical path.
+  1 % of the refiller's copies on the critical path. `open_load`: the batches arrive at random, so
+  that they use half of the link, and a latency counts from the arrival; both arms have the same
+  times of arrival. `saturated`: batch after batch without a pause.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ import torch
 from hbm_pool.device.arena import Arena
 from hbm_pool.device.embedding import EmbeddingCache
 from hbm_pool.device.refill import Refiller
+from hbm_pool.device.row_counters import GatherStats
 from hbm_pool.host.config import KVSpec, PoolShape, TableSpec
 from hbm_pool.host.link import LinkModel
 from hbm_pool.host.row_store import RamRowStore
 
 EXTENT_BYTES = 2 << 20
+LINK_BYTES_PER_S = 50e6
+"""Slow, so that what a batch takes is mostly the link and not the interpreter."""
 _KV = KVSpec(layers=2, heads=2, head_dim=64, page_tokens=64)
 
 
@@ -41,7 +46,11 @@ def run(quick: bool, seed: int, device: str = "cpu") -> dict[str, Any]:
         for width in (32, 256)
     }
     if device == "cpu":
-        figures["refill"] = refill(300 if quick else 2000, seed)
+        batches = 150 if quick else 4000
+        figures["refill"] = {
+            "open_load": refill(batches, seed, load=0.5),
+            "saturated": refill(batches, seed, load=None),
+        }
     return figures
 
 
@@ -87,54 +96,82 @@ def gather(width: int, rows: int, repetitions: int, seed: int, device: str) -> d
     }
 
 
-def refill(batches: int, seed: int) -> dict[str, Any]:
-    """Batches with misses, the refiller resting and working in turns of 50 batches."""
+def refill(batches: int, seed: int, load: float | None) -> dict[str, Any]:
+    """Batches with misses, in rounds of 50, each round with the refiller resting and then working.
+
+    `load` is the share of the link that the batches need, None for no pause between them.
+    """
     width, rows = 64, 1024
     resident = 49_152
-    link = LinkModel(bytes_per_s=200e6)
+    link = LinkModel(LINK_BYTES_PER_S)
     cache = _cache(width, resident, extra_extents=0, device="cpu", link=link)
-    refiller = Refiller(cache, bytes_per_s=20e6)
+    refiller = Refiller(cache, LINK_BYTES_PER_S / 10)
     random = np.random.default_rng(seed)
-    for _ in range(200):
+    before = link.counters().foreground_bytes
+    for number in range(400):
         _gather(cache, torch.from_numpy(_zipf(random, 4 * resident, rows)), width, "cpu")
+        if number == 199:
+            before = link.counters().foreground_bytes
+    link_s = (link.counters().foreground_bytes - before) / 200 / LINK_BYTES_PER_S
     won = max(1, round(0.04 * cache.num_extents))
-    rest_s: list[float] = []
-    work_s: list[float] = []
-    done = refilled = 0
+    times: dict[bool, list[float]] = {False: [], True: []}
+    waits: dict[bool, list[float]] = {False: [], True: []}
     try:
-        while done < batches:
-            for times, working in ((rest_s, False), (work_s, True)):
-                freed = cache.drop(won)
-                cache.grow(freed)
+        while len(times[True]) < batches:
+            gaps = random.exponential(link_s / load, 50) if load else np.zeros(50)
+            for working in (False, True):
+                # Rows of its own: the second arm must not find what the first has fetched.
+                drawn = [torch.from_numpy(_zipf(random, 4 * resident, rows)) for _ in gaps]
+                cache.grow(cache.drop(won))
                 if working:
                     refiller.start()
                     refiller.wake()
-                for _ in range(50):
-                    ids = torch.from_numpy(_zipf(random, 4 * resident, rows))
-                    begin = time.perf_counter()
-                    _gather(cache, ids, width, "cpu")
-                    times.append(time.perf_counter() - begin)
-                    done += 1
+                taken, waited = _served(cache, drawn, gaps, width)
+                times[working] += taken
+                waits[working] += waited
                 if working:
                     refiller.stop()
         counters = refiller.counters()
-        refilled = counters.rows
     finally:
         refiller.close()
-    copies = max(counters.copies, 1)
-    rest, work = _percentiles(rest_s), _percentiles(work_s)
+    rest, work = _percentiles(times[False]), _percentiles(times[True])
     tail = "p99_us" if "p99_us" in rest else "p95_us"
     return {
         "goal_tail_ratio": 1.05,
         "tail": tail,
         "tail_ratio": work[tail] / rest[tail],
+        "p50_ratio": work["p50_us"] / rest["p50_us"],
         "resting": rest,
         "refilling": work,
+        "resting_behind_others_on_the_link": _percentiles(waits[False]),
+        "refilling_behind_others_on_the_link": _percentiles(waits[True]),
         "goal_critical_share": 0.01,
-        "critical_share": counters.critical_copies / copies,
+        "critical_share": counters.critical_copies / max(counters.copies, 1),
         "copies": counters.copies,
-        "rows": refilled,
+        "rows": counters.rows,
+        "link_us_per_batch": link_s * 1e6,
     }
+
+
+def _served(
+    cache: EmbeddingCache, drawn: list[torch.Tensor], gaps: npt.NDArray[np.float64], width: int
+) -> tuple[list[float], list[float]]:
+    """Batches in the order of their arrival, `gaps` apart: how long each took from then on, and
+    how much longer than its own bytes take it was on the link.
+
+    Without gaps a batch arrives when the one before it is done.
+    """
+    times = []
+    waits = []
+    arrival = time.perf_counter()
+    for ids, gap in zip(drawn, gaps, strict=True):
+        arrival = arrival + gap if gap else time.perf_counter()
+        while (left := arrival - time.perf_counter()) > 0.0:
+            time.sleep(left)
+        stats = _gather(cache, ids, width, "cpu")
+        times.append(time.perf_counter() - arrival)
+        waits.append(stats.link_ms / 1e3 - stats.bytes / LINK_BYTES_PER_S)
+    return times, waits
 
 
 def _cache(
@@ -162,9 +199,9 @@ def _cache(
     return cache
 
 
-def _gather(cache: EmbeddingCache, ids: torch.Tensor, width: int, device: str) -> None:
+def _gather(cache: EmbeddingCache, ids: torch.Tensor, width: int, device: str) -> GatherStats:
     out = torch.empty((ids.numel(), width), device=device)
-    cache.gather({"item": ids.to(device)}, {"item": out})
+    return cache.gather({"item": ids.to(device)}, {"item": out})
 
 
 def _zipf(random: np.random.Generator, rows: int, n: int) -> npt.NDArray[np.int64]:
