@@ -26,7 +26,7 @@ SERVER_TIMEOUT_S: Final = (240, 360)
 BACKOFF_S: Final = (0.2, 30.0)
 """First and last upper end of the wait after a failure; full jitter."""
 PROVEN_S: Final = 30.0
-"""A stream that lived so long worked; the failures before it are forgotten."""
+"""A stream that lived so long has worked, even if nothing happened."""
 RELIST_AFTER: Final = 3
 """Streams failed in a row until the version itself is distrusted: a server that was set back to an
 older state waits in silence for a version that will not come."""
@@ -42,6 +42,8 @@ class Watcher:
         """Version and some metadata by uid: what comes back under the same name is another one."""
         self.version = ""
         """Where the next stream begins; empty: list first."""
+        self.heard = 0
+        """Lines of streams so far."""
 
     def relisted(self, items: list[dict[str, Any]], version: str) -> list[WatchEvent]:
         """What a list says that was not known; the vanished first, `SYNCED` last."""
@@ -69,6 +71,7 @@ class Watcher:
             if kind == "ERROR":
                 raise from_status(item, 500, what)
             self.version = item["metadata"]["resourceVersion"]
+            self.heard += 1
             if kind == "BOOKMARK":
                 return WatchEvent(kind, item)
             item = plain(self.resource, item)
@@ -124,9 +127,9 @@ async def watch(
     selected = selection(label_selector, field_selector)
     failures = 0
     while True:
-        began = time.monotonic()
+        began, heard, resumes = time.monotonic(), watcher.heard, bool(watcher.version)
         try:
-            if not watcher.version:
+            if not resumes:
                 found = await client.list(resource, namespace, label_selector, field_selector)
                 for event in watcher.relisted(found.items, found.resource_version):
                     yield event
@@ -138,12 +141,12 @@ async def watch(
             await asyncio.sleep(random.uniform(0.0, 1.0))
             failures = 0
         except KubeError as error:
-            failures = 1 if time.monotonic() - began > PROVEN_S else failures + 1
-            gone = isinstance(error, Gone)
-            if gone or failures % RELIST_AFTER == 0:
+            worked = watcher.heard > heard or time.monotonic() - began > PROVEN_S
+            failures = 1 if worked else failures + 1
+            if isinstance(error, Gone) or failures % RELIST_AFTER == 0:
                 watcher.version = ""
-            if gone and failures == 1:
-                continue  # an old version is no fault
+            if isinstance(error, Gone) and resumes:
+                continue  # time has passed, that is all
             if on_failure is not None:
                 on_failure(error)
             await asyncio.sleep(_pause_s(failures, error))

@@ -123,9 +123,11 @@ def test_a_ca_is_read_again(tmp_path: Path) -> None:
     def authority(name: str) -> bytes:
         pair = tmp_path / f"{name}.key", tmp_path / f"{name}.crt"
         subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
-            + ["-nodes", "-days", "2", "-subj", f"/CN={name}"]
-            + ["-keyout", str(pair[0]), "-out", str(pair[1])],
+            [
+                *("openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-days", "2"),
+                *("-pkeyopt", "ec_paramgen_curve:P-256", "-subj", f"/CN={name}"),
+                *("-keyout", str(pair[0]), "-out", str(pair[1])),
+            ],
             check=True,
             capture_output=True,
         )
