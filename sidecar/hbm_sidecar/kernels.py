@@ -10,17 +10,16 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
-
-import numpy as np
 
 SHIPPED: Final = "HBM_KERNELS_DIR"
 """Variable that names the shipped kernels; set by the image."""
 CACHE: Final = "NUMBA_CACHE_DIR"
 
 
-def unpack(environment: dict[str, str]) -> str:
+def unpack(environment: Mapping[str, str]) -> str:
     """Fill the cache from what was shipped, where both are named. Returns what went wrong, or "".
 
     Nothing depends on it: without the cache the twin compiles, and only comes later.
@@ -38,6 +37,7 @@ def unpack(environment: dict[str, str]) -> str:
 def compile_kernels() -> int:
     """Run the twin once on one made-up request, so that every kernel is compiled (and cached where
     NUMBA_CACHE_DIR says). Returns the number of requests simulated."""
+    import numpy as np
     from hbm_policy.costs import CostConstants
     from hbm_policy.twin import Twin
     from hbm_pool.contracts.records import (

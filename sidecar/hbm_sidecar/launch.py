@@ -14,6 +14,7 @@ from hbm_pool.contracts.control_block import ControlBlockError, SidecarBlock
 from pydantic import ValidationError
 
 from hbm_sidecar.config import SidecarConfig
+from hbm_sidecar.kernels import unpack
 from hbm_sidecar.log import configure
 from hbm_sidecar.partition import SidecarError, first_error
 from hbm_sidecar.supervisor import ADMIN_FD, LOCK_FD, LOCK_FILE
@@ -54,6 +55,8 @@ def launch(given: Mapping[str, Any]) -> NoReturn:
     os.set_inheritable(lock, True)
     listener.set_inheritable(True)
     environment = _QUIET | config.environment(os.environ)
+    if problem := unpack(environment):
+        log.warning("the twin will compile its kernels: it comes half a minute later", why=problem)
     environment[ADMIN_FD] = str(listener.fileno())
     environment[LOCK_FD] = str(lock)
     os.execve(sys.executable, arguments, environment)
