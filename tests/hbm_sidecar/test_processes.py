@@ -251,6 +251,41 @@ def test_auto_follows_the_twin(pair, wait_for) -> None:
     assert found["alpha"][-1] == pytest.approx(0.9, abs=0.01)
 
 
+def test_a_suspended_twin_is_stale_and_comes_back(pair, wait_for) -> None:
+    sidecar, server = pair
+    sidecar.control("PUT", "/v1/partition", json={"mode": "auto", "tick_ms": 50})
+    server.tell(traffic=4)
+    wait_for(lambda: newest(sidecar).get("anchor") is not None, "an anchor")
+    twin = sidecar.pid("twin")
+    os.kill(twin, signal.SIGSTOP)
+    try:
+        wait_for(lambda: reasoned(sidecar, "CURVES_STALE"), "said that the twin is stuck")
+    finally:
+        os.kill(twin, signal.SIGCONT)
+    wait_for(lambda: "CURVES_STALE" not in newest(sidecar).get("reasons", ["CURVES_STALE"]), "back")
+    assert sidecar.pid("twin") == twin
+
+
+def test_a_suspended_decide_goes_on_where_it_was(pair, wait_for) -> None:
+    sidecar, server = pair
+    moves = sidecar.metric("hbm_sidecar_moves_total")
+    wait_for(lambda: abs(server.tell()["alpha"] - 0.47) < 0.01, "converged")
+    decide = sidecar.pid("decide")
+    os.kill(decide, signal.SIGSTOP)
+    try:
+        wait_for(lambda: "decide" in missing(sidecar), "its silence is noticed")
+        assert abs(server.tell()["alpha"] - 0.47) < 0.01
+    finally:
+        os.kill(decide, signal.SIGCONT)
+    sidecar.control("PUT", "/v1/partition", json={"mode": "fixed", "alpha_fixed": 0.55})
+    wait_for(lambda: abs(server.tell()["alpha"] - 0.55) < 0.01, "the new wish is carried out")
+    assert sidecar.pid("decide") == decide
+    # To 0.47 and to 0.55, each in many steps.
+    wait_for(
+        lambda: sidecar.metric("hbm_sidecar_moves_total") == moves + 2, "two moves are counted"
+    )
+
+
 def test_a_policy_file_owns_the_partition_beside_another_sidecar(
     pair, start_sidecar, start_server, wait_for, tmp_path
 ) -> None:
