@@ -39,6 +39,38 @@ def _api_server(arguments: argparse.Namespace) -> None:
             signal.pause()
 
 
+def _up(_: argparse.Namespace) -> None:
+    from hbm_e2e.cluster import Cluster
+
+    cluster = Cluster(say=_say)
+    cluster.up()
+    _say(f"export KUBECONFIG={cluster.kubeconfig}")
+
+
+def _down(_: argparse.Namespace) -> None:
+    from hbm_e2e.cluster import Cluster
+
+    Cluster(say=_say).down()
+
+
+def _status(_: argparse.Namespace) -> None:
+    from hbm_e2e.cluster import Cluster
+
+    cluster = Cluster(say=_say)
+    if not cluster.is_up():
+        raise HarnessError(f"cluster {cluster.name} is not up")
+    _say(cluster.kubectl("get", "nodes", "-o", "wide").rstrip())
+
+
+def _kubeconfig(_: argparse.Namespace) -> None:
+    from hbm_e2e.cluster import Cluster
+
+    cluster = Cluster(say=_say)
+    if not cluster.is_up():
+        raise HarnessError(f"cluster {cluster.name} is not up")
+    _say(str(cluster.kubeconfig))
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 
@@ -50,6 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     build = commands.add_parser("build", help="build the cluster's programs that are missing")
     build.add_argument("programs", nargs="*", metavar="PROGRAM", help=f"of: {', '.join(PROGRAMS)}")
     build.set_defaults(run=_build)
+
+    for name, action, what in (
+        ("up", _up, "start three nodes, unless they run"),
+        ("down", _down, "stop them; what was built and loaded stays"),
+        ("status", _status, "show the nodes; ends with 2 when the cluster is not up"),
+        ("kubeconfig", _kubeconfig, "print the path of the administrator's kubeconfig"),
+    ):
+        commands.add_parser(name, help=what).set_defaults(run=action)
 
     api_server = commands.add_parser(
         "api-server", help="run an API server without nodes until interrupted (no root needed)"

@@ -3,6 +3,7 @@
 import base64
 import json
 import subprocess
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ class Pki:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self._one_at_a_time = threading.Lock()
         self.ca = self._authority("ca")
         self.front_proxy_ca = self._authority("front-proxy-ca")
 
@@ -39,19 +41,20 @@ class Pki:
     ) -> KeyPair:
         """A certificate for servers and clients alike; `subject` such as `/O=group/CN=user`."""
         pair = self._pair(name)
-        if pair.certificate.exists():
+        with self._one_at_a_time:
+            if pair.certificate.exists():
+                return pair
+            signer = authority or self.ca
+            names = ",".join(alternative_names) or f"DNS:{name}"
+            self._openssl(
+                *_request(pair, subject),
+                *("-CA", str(signer.certificate), "-CAkey", str(signer.key)),
+                *("-addext", f"subjectAltName={names}"),
+                *("-addext", "basicConstraints=critical,CA:FALSE"),
+                *("-addext", "keyUsage=critical,digitalSignature,keyEncipherment"),
+                *("-addext", "extendedKeyUsage=serverAuth,clientAuth"),
+            )
             return pair
-        signer = authority or self.ca
-        names = ",".join(alternative_names) or f"DNS:{name}"
-        self._openssl(
-            *_request(pair, subject),
-            *("-CA", str(signer.certificate), "-CAkey", str(signer.key)),
-            *("-addext", f"subjectAltName={names}"),
-            *("-addext", "basicConstraints=critical,CA:FALSE"),
-            *("-addext", "keyUsage=critical,digitalSignature,keyEncipherment"),
-            *("-addext", "extendedKeyUsage=serverAuth,clientAuth"),
-        )
-        return pair
 
     def service_account_key(self) -> Path:
         """The private key that signs service account tokens; its public half lies beside it."""

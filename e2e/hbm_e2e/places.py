@@ -1,9 +1,12 @@
-"""Where the harness keeps what it makes: never inside the source tree."""
+"""Where the harness lies, and where it keeps what it makes: never inside the source tree."""
 
 import os
 from pathlib import Path
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
+PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+"""On `sys.path` of every process that imports the harness."""
+
+TOOLS = PACKAGE_ROOT / "tools"
 """The Go modules that pin every program of the cluster."""
 
 

@@ -1,0 +1,171 @@
+"""Images of the project and of the cluster, built without a container daemon or a registry."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import ssl
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hbm_e2e.kubectl import run
+from hbm_e2e.places import cache_dir
+from hbm_e2e.toolchain import Toolchain
+
+BASE = "docker.io/library/debian:12-slim"
+"""What a Dockerfile's FROM says; the store answers with its own Debian 12."""
+SUITE = "bookworm"
+CA_INSIDE = "/run/hbm-build-ca.crt"
+PIP_CACHE_INSIDE = "/run/hbm-pip-cache"
+BUILD_TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class Image:
+    """A built image: the name pods use, its content's id, and an archive that nodes import."""
+
+    name: str
+    id: str
+    archive: Path
+
+
+class ImageStore:
+    """buildah with a storage of its own below the cache; needs root.
+
+    The machine's CA bundle and pip's cache are bind-mounted during a build: nothing of the
+    machine ends up in an image.
+    """
+
+    def __init__(self, cache: Path | None = None) -> None:
+        self._folder = (cache or cache_dir()) / "images"
+        self._buildah = [
+            "buildah",
+            f"--root={self._folder / 'storage'}",
+            f"--runroot={self._folder / 'run'}",
+            "--storage-driver=overlay",
+        ]
+
+    def build(
+        self,
+        dockerfile: Path,
+        context: Path,
+        name: str,
+        *,
+        target: str | None = None,
+        arguments: Mapping[str, str] | None = None,
+    ) -> Image:
+        """Build a target of a Dockerfile under `name` (`docker.io/…:tag`); layers are cached."""
+        pip_cache = self._folder / "pip"
+        pip_cache.mkdir(parents=True, exist_ok=True)
+        all_arguments = {
+            "BASE": BASE,
+            "PIP_FLAGS": f"--quiet --disable-pip-version-check --cert={CA_INSIDE} "
+            f"--cache-dir={PIP_CACHE_INSIDE}",
+            **(arguments or {}),
+        }
+        with self._exclusive(), tempfile.NamedTemporaryFile("r") as image_id:
+            self._import_base()
+            self._run(
+                *("build", "--isolation=chroot", "--network=host", "--pull-never", "--layers"),
+                f"--volume={_ca_bundle()}:{CA_INSIDE}:ro",
+                f"--volume={pip_cache}:{PIP_CACHE_INSIDE}",
+                *(f"--build-arg={key}={value}" for key, value in all_arguments.items()),
+                *([f"--target={target}"] if target else []),
+                *("--tag", name, "--iidfile", image_id.name, "--file", str(dockerfile)),
+                str(context),
+            )
+            return self._archived(name, image_id.read().strip())
+
+    def build_program(self, program: Path, name: str) -> Image:
+        """An image of nothing but one static program, which is its entry point."""
+        with tempfile.TemporaryDirectory() as scratch:
+            context = Path(scratch)
+            shutil.copy2(program, context / program.name)
+            dockerfile = context / "Dockerfile"
+            dockerfile.write_text(
+                f"FROM scratch\nCOPY {program.name} /{program.name}\n"
+                f'ENTRYPOINT ["/{program.name}"]\n'
+            )
+            with self._exclusive(), tempfile.NamedTemporaryFile("r") as image_id:
+                self._run(
+                    *("build", "--isolation=chroot", "--timestamp=0", "--layers=false"),
+                    *("--tag", name, "--iidfile", image_id.name, "--file", str(dockerfile)),
+                    str(context),
+                )
+                return self._archived(name, image_id.read().strip())
+
+    def _import_base(self) -> None:
+        """Debian by debootstrap, once per machine (about a minute)."""
+        if self._run("images", "--quiet", "--filter", f"reference={BASE}").strip():
+            return
+        with tempfile.TemporaryDirectory(prefix="base-", dir=self._folder) as scratch:
+            root = Path(scratch) / "root"
+            mirror = os.environ.get("HBM_E2E_DEBIAN_MIRROR")
+            run(
+                [
+                    "debootstrap",
+                    "--variant=minbase",
+                    SUITE,
+                    str(root),
+                    *([mirror] if mirror else []),
+                ],
+                timeout_s=BUILD_TIMEOUT_S,
+            )
+            for kept in (root / "var/cache/apt/archives", root / "var/lib/apt/lists"):
+                shutil.rmtree(kept)
+                (kept / "partial").mkdir(parents=True)
+            container = self._run("from", "scratch").strip()
+            self._run("copy", container, str(root), "/")
+            self._run("config", "--cmd", "/bin/bash", "--env", "PATH=" + PATH, container)
+            self._run("commit", "--rm", container, BASE)
+
+    def _archived(self, name: str, image_id: str) -> Image:
+        short = image_id.removeprefix("sha256:")[:16]
+        label = hashlib.sha256(name.encode()).hexdigest()[:8]
+        archive = self._folder / "archives" / f"{short}-{label}.tar"
+        if not archive.exists():
+            archive.parent.mkdir(parents=True, exist_ok=True)
+            for outdated in archive.parent.glob(f"*-{label}.tar"):
+                outdated.unlink()
+            unfinished = archive.with_suffix(".unfinished")
+            unfinished.unlink(missing_ok=True)
+            self._run("push", image_id, f"docker-archive:{unfinished}:{name}")
+            unfinished.rename(archive)
+        return Image(name, short, archive)
+
+    def _run(self, *words: str) -> str:
+        return run([*self._buildah, *words], timeout_s=BUILD_TIMEOUT_S)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / "lock").open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def cluster_images(store: ImageStore, toolchain: Toolchain) -> list[Image]:
+    """What every node needs before the first pod: the pause program and the cluster's DNS."""
+    return [
+        store.build_program(toolchain.path("pause"), PAUSE),
+        store.build_program(toolchain.path("coredns"), COREDNS),
+    ]
+
+
+PAUSE = "docker.io/hbm-partition/pause:e2e"
+COREDNS = "docker.io/hbm-partition/coredns:e2e"
+
+
+def _ca_bundle() -> str:
+    """The certificates this machine trusts, wherever it keeps them."""
+    return (
+        os.environ.get("SSL_CERT_FILE")
+        or ssl.get_default_verify_paths().cafile
+        or "/etc/ssl/certs/ca-certificates.crt"
+    )
