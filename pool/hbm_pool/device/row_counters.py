@@ -108,30 +108,37 @@ def count_gather(
 def count_cache(classes: Sequence[EmbClass], refill_rows: int, row_epoch: int) -> EmbeddingCounters:
     """All counters at once; the caller holds the cache's lock."""
     counted = []
+    accesses = misses = conflicts = ghosts = evictions = relocations = 0
     for kind in classes:
         rows = kind.index.counters()
+        accesses += kind.accesses
+        misses += kind.misses
+        conflicts += rows.conflicts
+        ghosts += rows.ghost_hits
+        evictions += rows.evictions
+        relocations += rows.relocations
         counted.append(
             ClassCounters(
-                extents=kind.num_extents,
-                accesses=kind.accesses,
-                hits=kind.accesses - kind.misses,
-                misses=kind.misses,
-                conflict_misses=rows.conflicts,
-                ghost_hits=rows.ghost_hits,
-                evictions=rows.evictions,
-                promotions=rows.promotions,
-                relocations=rows.relocations,
-                index_bytes=kind.index.index_bytes,
+                kind.num_extents,
+                kind.accesses,
+                kind.accesses - kind.misses,
+                kind.misses,
+                rows.conflicts,
+                rows.ghost_hits,
+                rows.evictions,
+                rows.promotions,
+                rows.relocations,
+                kind.index.index_bytes,
             )
         )
     return EmbeddingCounters(
-        accesses=sum(c.accesses for c in counted),
-        hits=sum(c.hits for c in counted),
-        misses=sum(c.misses for c in counted),
-        conflict_misses=sum(c.conflict_misses for c in counted),
-        ghost_hits=sum(c.ghost_hits for c in counted),
-        evictions=sum(c.evictions for c in counted),
-        relocated_rows=sum(c.relocations for c in counted),
+        accesses=accesses,
+        hits=accesses - misses,
+        misses=misses,
+        conflict_misses=conflicts,
+        ghost_hits=ghosts,
+        evictions=evictions,
+        relocated_rows=relocations,
         refill_rows=refill_rows,
         row_epoch=row_epoch,
         classes=tuple(counted),

@@ -142,6 +142,8 @@ class TzCache:
         self.num_keys = num_keys
         self.rows_per_extent = rows_per_extent
         self.max_extents = max_extents
+        self.index_bytes = self.tz.entries.nbytes + self.tz.hashed.nbytes + self.tz.words.nbytes
+        """Reserved by index and slot words; only what is used is backed by memory."""
         if num_extents:
             self.grow(np.arange(num_extents, dtype=np.int32))
 
@@ -149,21 +151,16 @@ class TzCache:
     def num_extents(self) -> int:
         """Extents that take insertions."""
         state = self.tz.state
-        return int(state[kernel.IN_RING] + state[kernel.IN_MAIN])
+        return state.item(kernel.IN_RING) + state.item(kernel.IN_MAIN)
 
     @property
     def draining_extents(self) -> int:
         """Extents a planned shrink has still to empty; their rows hit until then."""
         state = self.tz.state
-        return int(state[kernel.IN_DRAIN] - state[kernel.DRAIN_AT])
-
-    @property
-    def index_bytes(self) -> int:
-        """Reserved by index and slot words; only what is used is backed by memory."""
-        return int(self.tz.entries.nbytes + self.tz.hashed.nbytes + self.tz.words.nbytes)
+        return state.item(kernel.IN_DRAIN) - state.item(kernel.DRAIN_AT)
 
     def counters(self) -> TzCounters:
-        return TzCounters(*(int(n) for n in self.tz.state[kernel.HITS : kernel.SWEPT + 1]))
+        return TzCounters(*self.tz.state[kernel.HITS : kernel.SWEPT + 1].tolist())
 
     def extents(self) -> npt.NDArray[np.int32]:
         """Every extent held, draining ones included, ascending."""

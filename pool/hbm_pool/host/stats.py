@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 
 from hbm_pool.contracts.records import TELEMETRY
@@ -71,15 +70,15 @@ class PoolStats(NamedTuple):
 
     def fill(self, record: npt.NDArray[Any]) -> None:
         """Writes the shared fields into one TELEMETRY record; the others stay as they are."""
-        for name in _SHARED:
-            value = getattr(self, name)
-            if name in _PER_CLASS:
-                padded = np.zeros(TELEMETRY[name].shape, dtype=TELEMETRY[name].base)
-                padded[: len(value)] = value
-                record[name] = padded
-            else:
-                record[name] = value
+        for name in _SCALARS:
+            record[name] = getattr(self, name)
+        for name in _PER_CLASS:
+            values: tuple[int, ...] = getattr(self, name)
+            column = record[name]
+            column[: len(values)] = values
+            column[len(values) :] = 0
 
 
-_PER_CLASS = frozenset({"class_extents", "class_accesses", "class_misses"})
-_SHARED = tuple(name for name in PoolStats._fields if name in (TELEMETRY.names or ()))
+_SHARED = [name for name in PoolStats._fields if name in (TELEMETRY.names or ())]
+_SCALARS = [name for name in _SHARED if not TELEMETRY[name].shape]
+_PER_CLASS = [name for name in _SHARED if TELEMETRY[name].shape]
