@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -76,7 +77,8 @@ def gather(width: int, rows: int, repetitions: int, seed: int, device: str) -> d
     def theirs(table: torch.Tensor, ids: torch.Tensor) -> None:
         torch.index_select(table, 0, ids, out=out)
 
-    turns = [("cache", ours), *((name, partial(theirs, table)) for name, table in tables.items())]
+    turns: list[tuple[str, Callable[[torch.Tensor], None]]] = [("cache", ours)]
+    turns += [(name, partial(theirs, table)) for name, table in tables.items()]
     times: dict[str, list[float]] = {name: [] for name, _ in turns}
     for number in range(repetitions):
         ids = torch.from_numpy(_zipf(random, resident, rows)).to(device)
