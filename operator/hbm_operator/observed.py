@@ -1,0 +1,135 @@
+"""What was read from the API, cut down to what decisions are made of.
+
+Thousands of these are kept in memory; the objects themselves are several times as large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from hbm_operator import names
+from hbm_operator.injector import Stamp
+from hbm_operator.models.base import Metadata
+from hbm_operator.models.partition import HBMPartitionSpec, HBMPartitionStatus
+
+Object = Mapping[str, Any]
+
+_FINISHED = ("Succeeded", "Failed")
+_NEVER = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Reference(NamedTuple):
+    """An object that events can be about."""
+
+    api_version: str
+    kind: str
+    namespace: str
+    name: str
+    uid: str
+
+
+class Pod(NamedTuple):
+    """A pod that was injected, or asks to be."""
+
+    namespace: str
+    name: str
+    uid: str
+    version: int
+    """Resource version; grows with each change."""
+    labels: Mapping[str, str]
+    node: str
+    """Empty: not scheduled yet."""
+    container: str
+    """The container that serves the model; empty where the stamp is not readable."""
+    injected: bool
+    skip_reason: str
+    phase: str
+    terminating: bool
+    owner: Reference | None
+    """The object that controls the pod, such as its ReplicaSet."""
+
+    @classmethod
+    def of(cls, pod: Object) -> Pod:
+        """Raises `ValidationError` or `KeyError` for what is no pod."""
+        metadata = Metadata.model_validate(pod["metadata"])
+        stamp = Stamp.of(dict(pod))
+        controller = next((one for one in metadata.owner_references if one.controller), None)
+        return cls(
+            namespace=metadata.namespace,
+            name=metadata.name,
+            uid=metadata.uid,
+            version=int(metadata.resource_version or 0),
+            labels=metadata.labels,
+            node=(pod.get("spec") or {}).get("nodeName") or "",
+            container=stamp.container if stamp is not None else "",
+            injected=metadata.labels.get(names.INJECTED) == "true",
+            skip_reason=metadata.annotations.get(names.SKIP_REASON, ""),
+            phase=(pod.get("status") or {}).get("phase") or "Pending",
+            terminating=metadata.deletion_timestamp is not None,
+            owner=None
+            if controller is None
+            else Reference(
+                controller.api_version,
+                controller.kind,
+                metadata.namespace,
+                controller.name,
+                controller.uid,
+            ),
+        )
+
+    @property
+    def finished(self) -> bool:
+        """It ran to its end: nothing is in its GPU memory any more."""
+        return self.phase in _FINISHED
+
+    @property
+    def reference(self) -> Reference:
+        return Reference("v1", "Pod", self.namespace, self.name, self.uid)
+
+
+class Partition(NamedTuple):
+    """An HBMPartition."""
+
+    namespace: str
+    name: str
+    uid: str
+    version: int
+    generation: int
+    created: datetime
+    pod_uid: str
+    spec: HBMPartitionSpec | None
+    """None where a part of it is of another version: it is written anew."""
+    status: HBMPartitionStatus
+
+    @classmethod
+    def of(cls, partition: Object) -> Partition:
+        """Raises `ValidationError` or `KeyError` for what is no partition."""
+        metadata = Metadata.model_validate(partition["metadata"])
+        raw = partition.get("spec") or {}
+        try:
+            spec = HBMPartitionSpec.model_validate(raw)
+        except ValidationError:
+            spec = None
+        try:
+            status = HBMPartitionStatus.model_validate(partition.get("status") or {})
+        except ValidationError:
+            status = HBMPartitionStatus()
+        return cls(
+            namespace=metadata.namespace,
+            name=metadata.name,
+            uid=metadata.uid,
+            version=int(metadata.resource_version or 0),
+            generation=metadata.generation,
+            created=metadata.creation_timestamp or _NEVER,
+            pod_uid=(raw.get("podRef") or {}).get("uid") or "",
+            spec=spec,
+            status=status,
+        )
+
+    @property
+    def reference(self) -> Reference:
+        return Reference(names.API_VERSION, "HBMPartition", self.namespace, self.name, self.uid)
