@@ -260,7 +260,9 @@ class Metronome:
         pace = Pace(clock_ns(), decider.period_ns)
         while True:
             sleep_s = max(0.0, (pace.due_ns - self.lead_ns - clock_ns()) / 1e9)
-            if signal.sigtimedwait((signal.SIGTERM,), sleep_s) is not None:
+            # A process that was stopped and goes on gets an empty answer here: no signal.
+            got = signal.sigtimedwait((signal.SIGTERM,), sleep_s)
+            if got is not None and got.si_signo == signal.SIGTERM:
                 return
             self.meet(pace.due_ns)
             pace.change(clock_ns(), decider.period_ns)
