@@ -220,7 +220,7 @@ class Dataplane:
                 node.kv_precision = max(0.05, node.kv_precision)
             else:
                 outcome = "fn" if reused else "tn"
-            self.metrics.kv_predicted[outcome].inc()
+            self.metrics.predicted(outcome)
         service_ms = wire.non_negative_float(told.get(wire.SERVICE_MS))
         if service_ms is None:
             return

@@ -284,12 +284,10 @@ class Exchange:
                     if action == wire.CONNECTION:
                         named |= {token.strip().lower() for token in value.split(b",")}
                     continue
-            lines.append(b"%b: %b\r\n" % (name, value))
+            lines += (name, b": ", value, b"\r\n")
         named -= {b"close", b"keep-alive", b"content-length", b"upgrade", b"", wire.REQUEST_ID}
         if named:
-            lines[1:] = [
-                line for line in lines[1:] if line.split(b":", 1)[0].strip().lower() not in named
-            ]
+            lines[1:] = wire.without(lines[1:], named)
         no_body = self.head.method == b"HEAD" or status in (204, 304)
         self._rechunk = self._close_delimited = False
         if not framed and not no_body:

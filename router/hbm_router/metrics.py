@@ -1,8 +1,7 @@
 """Metrics of the router, `hbm_router_*`. docs/metrics-router.md has a row for each.
 
-Children are looked up once and kept: finding a child by label costs three times as much as
-counting. What can be read off the fleet is read when scraped, so that series of nodes that have
-left vanish with them.
+What every request counts is kept in `tallies`. What can be read off the fleet is read when scraped,
+so that series of nodes that have left vanish with them.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from hbm_router.choice import Choice
+from hbm_router.tallies import Distribution, Tally
 from hbm_router.wire import Refusal
 
 LATENCY_S: Final = (
@@ -80,32 +80,40 @@ class RouterMetrics:
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(f"hbm_router_{name}", text, registry=self.registry)
 
-        self._requests = counter("requests", "Requests answered, by status", "code")
-        self.request_s = histogram(
+        def tally(name: str, text: str, *labels: str) -> Tally:
+            made = Tally(f"hbm_router_{name}", text, *labels)
+            self.registry.register(made)
+            return made
+
+        def distribution(name: str, text: str, bounds: tuple[float, ...]) -> Distribution:
+            made = Distribution(f"hbm_router_{name}", text, bounds)
+            self.registry.register(made)
+            return made
+
+        self._requests = tally("requests", "Requests answered, by status", "code")
+        self.request_s = distribution(
             "request_duration_seconds", "From the request's head to the last byte", LATENCY_S
         )
-        self.upstream_ttfb_s = histogram(
+        self.upstream_ttfb_s = distribution(
             "upstream_ttfb_seconds", "From sending a request to the response's head", LATENCY_S
         )
-        self.decision_s = histogram("decision_duration_seconds", "Choosing a node", DECISION_S)
-        self._decisions = counter("decisions", "Requests sent to a node, and why", "node", "why")
+        self.decision_s = distribution("decision_duration_seconds", "Choosing a node", DECISION_S)
+        self._decisions = tally("decisions", "Requests sent to a node, and why", "node", "why")
         self._errors = counter("errors", "Answers of the router's own, by reason", "reason")
         self._dropped = counter("dropped", "Requests shed, by reason", "reason")
         self.cut_short = counter("responses_cut_short", "Responses broken off amid", "reason")
         self.retries = counter("retries", "Second tries, by reason", "reason")
         self.retries_denied = counter("retries_denied", "Second tries the budget did not allow")
         self.ejections = counter("ejections", "Nodes taken out, by reason", "node", "reason")
-        self._kv_predicted = counter(
+        self._kv_predicted = tally(
             "kv_predicted", "KV hits predicted against the server's word", "outcome"
         )
-        self.cost_error_s = histogram(
+        self.cost_error_s = distribution(
             "cost_error_seconds",
             "Service and queue as the server tells, less the estimate",
             ERROR_S,
         )
-        self._sources = counter(
-            "length_source", "Where the length of a history came from", "source"
-        )
+        self._sources = tally("length_source", "Where the length of a history came from", "source")
         self.digests_rejected = counter(
             "digest_rejected", "What nodes said and was not believed, by reason", "reason"
         )
@@ -124,10 +132,8 @@ class RouterMetrics:
         self.panic = gauge("panic", "1 while too few nodes are healthy and health is ignored")
         self.loop_lag_s = histogram("event_loop_lag_seconds", "Lateness of a timer", LATENCY_S)
 
-        self._by_code: dict[int, Counter] = {}
-        self._by_decision: dict[tuple[str, str], Counter] = {}
-        self._by_source: dict[str, Counter] = {}
-        self.kv_predicted = {name: self._kv_predicted.labels(name) for name in OUTCOMES}
+        for outcome in OUTCOMES:
+            self._kv_predicted.counts[(outcome,)] = 0
 
     def watch_fleet(self, rows: Callable[[], Iterable[NodeRow]]) -> None:
         """Adds the gauges per node."""
@@ -135,26 +141,18 @@ class RouterMetrics:
 
     def finished(self, status: int, seconds: float) -> None:
         """A request has been answered, or its client has left (499)."""
-        child = self._by_code.get(status)
-        if child is None:
-            child = self._by_code[status] = self._requests.labels(str(status))
-        child.inc()
+        self._requests.counts[(str(status),)] += 1
         self.request_s.observe(seconds)
 
     def decided(self, choice: Choice, seconds: float) -> None:
         """A node has been chosen."""
-        key = (choice.node.name, choice.why)
-        child = self._by_decision.get(key)
-        if child is None:
-            child = self._by_decision[key] = self._decisions.labels(*key)
-        child.inc()
-        source = self._by_source.get(choice.facts.source)
-        if source is None:
-            source = self._by_source[choice.facts.source] = self._sources.labels(
-                choice.facts.source
-            )
-        source.inc()
+        self._decisions.counts[(choice.node.name, choice.why)] += 1
+        self._sources.counts[(choice.facts.source,)] += 1
         self.decision_s.observe(seconds)
+
+    def predicted(self, outcome: str) -> None:
+        """A server has said whether a predicted hit (`p`) or miss (`n`) was right (`t`) or not."""
+        self._kv_predicted.counts[(outcome,)] += 1
 
     def refused(self, refusal: Refusal) -> None:
         """The router answers by itself."""
@@ -162,6 +160,6 @@ class RouterMetrics:
 
     def forget_node(self, name: str) -> None:
         """Drops the series of a node that has left."""
-        for key in [key for key in self._by_decision if key[0] == name]:
-            self._decisions.remove(*key)
-            del self._by_decision[key]
+        counts = self._decisions.counts
+        for key in [key for key in counts if key[0] == name]:
+            del counts[key]

@@ -157,7 +157,8 @@ class RequestHead:
             if named:
                 fields = [pair for pair in fields if pair[0].lower() not in named]
         parts = [b"%b %b HTTP/1.1\r\n" % (self.method, self.target)]
-        parts += [b"%b: %b\r\n" % pair for pair in fields]
+        for name, value in fields:
+            parts += (name, b": ", value, b"\r\n")
         if peer:
             self._forwarded_for.append(peer)
             parts.append(b"x-forwarded-for: %b\r\n" % b", ".join(self._forwarded_for))

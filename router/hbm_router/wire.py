@@ -89,6 +89,15 @@ class Refusal(NamedTuple):
     """What the client should look at: `head` or `body` of the request, else it is not to blame."""
 
 
+def without(pieces: list[bytes], named: frozenset[bytes]) -> list[bytes]:
+    """Header pieces `name, ": ", value, CRLF, name, …` less the fields of these names."""
+    kept: list[bytes] = []
+    for start in range(0, len(pieces), 4):
+        if pieces[start].lower() not in named:
+            kept += pieces[start : start + 4]
+    return kept
+
+
 def chunk(data: bytes) -> bytes:
     """One chunk of a chunked body. Empty data would end the body and must not come here."""
     return b"%x\r\n%b\r\n" % (len(data), data)

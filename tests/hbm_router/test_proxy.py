@@ -379,7 +379,10 @@ async def test_learns_lengths_and_checks_itself(backends, router):
         "header",
     ]
     assert "kv=hit" in str(decisions[1])
-    outcomes = {name: child._value.get() for name, child in server.metrics.kv_predicted.items()}
+    (family,) = (
+        each for each in server.metrics.registry.collect() if each.name == "hbm_router_kv_predicted"
+    )
+    outcomes = {sample.labels["outcome"]: sample.value for sample in family.samples}
     assert outcomes == {"tp": 2, "fp": 0, "fn": 1, "tn": 1}
 
 
