@@ -19,6 +19,7 @@ from hbm_load.trace import Trace
 from hbm_serving.config import Config
 
 from hbm_demo.errors import DemoError, ProcessFailed
+from hbm_demo.interrupt import Cleanups
 from hbm_demo.machine import MachineReport, MachineWatch
 from hbm_demo.observe import NodeDescription, NodeObserver, NodeSample
 from hbm_demo.processes import Process, Processes, read_lines
@@ -66,6 +67,7 @@ def run_arm(
     out: Path,
     model: Config,
     view: View,
+    cleanups: Cleanups,
 ) -> ArmResult:
     """Starts a system below `directory`, sends the trace, stops everything; logs go to `out`.
 
@@ -74,7 +76,8 @@ def run_arm(
     directory.mkdir()
     path = out / f"requests-{arm.name}.parquet"
     path.unlink(missing_ok=True)
-    with Processes(out / "logs" / arm.name) as processes:
+    processes = Processes(out / "logs" / arm.name)
+    with cleanups.undone_by(processes.stop):
         view.say(f"{arm.title}: starting {settings.nodes} servers, their sidecars and the router")
         refill = model.pool.refill_bytes_per_s
         system = start_system(processes, settings, arm, directory, refill)

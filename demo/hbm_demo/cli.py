@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import signal
+import os
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
+    from hbm_demo.interrupt import Cleanups
     from hbm_demo.settings import DemoSettings
 
 DEFAULT_OUT = Path("out/demo")
@@ -81,6 +81,32 @@ def demo(
 
 
 def _run(settings: DemoSettings) -> None:
+    from hbm_demo.interrupt import Cleanups, Stopped, run_stoppable
+
+    cleanups = Cleanups()
+    try:
+        broken = run_stoppable(lambda: _show(settings, cleanups), cleanups)
+    except Stopped as stopped:
+        typer.echo("hbm demo: stopped; no process is left", err=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(stopped.status)
+    except _Failed as error:
+        _fail(str(error), error.status)
+    if broken:
+        _fail("scores differ or invariants are broken: see summary.json", 1)
+
+
+class _Failed(Exception):
+    """The demo cannot start or go on; said by the main thread, unless a signal ended the demo."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def _show(settings: DemoSettings, cleanups: Cleanups) -> bool:
+    """The demo and what it says; whether something was wrong with the answers."""
     import orjson
     from hbm_load.errors import LoadError
     from hbm_serving.errors import ConfigError
@@ -92,34 +118,18 @@ def _run(settings: DemoSettings) -> None:
     from hbm_demo.run import run_demo
 
     console = Console(stderr=settings.as_json)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
+    view = LiveView(console)
     try:
-        with LiveView(console) as view:
-            summary, out = run_demo(settings, view)
-    except _Stopped as stopped:
-        _fail("stopped; no process is left", stopped.status)
+        with cleanups.undone_by(view.close):
+            summary, out = run_demo(settings, view, cleanups)
     except ProcessFailed as error:
-        _fail(str(error), 1)
+        raise _Failed(str(error), 1) from error
     except (DemoError, LoadError, ConfigError) as error:
-        _fail(str(error), 2)
+        raise _Failed(str(error), 2) from error
     show(console, summary, out)
     if settings.as_json:
         sys.stdout.buffer.write(orjson.dumps(summary, option=orjson.OPT_INDENT_2) + b"\n")
-    if summary["mismatched_scores"] or summary["integrity_violations"]:
-        _fail("scores differ or invariants are broken: see summary.json", 1)
-
-
-class _Stopped(BaseException):
-    """Ctrl-C, SIGTERM or a closed terminal; not an error that anything in between may handle."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.status = 128 + number
-
-
-def _stop(number: int, _: FrameType | None) -> NoReturn:
-    raise _Stopped(number)
+    return bool(summary["mismatched_scores"] or summary["integrity_violations"])
 
 
 def _fail(text: str, status: int) -> NoReturn:

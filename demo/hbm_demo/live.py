@@ -6,7 +6,6 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, Final
 
 from rich.console import Console, Group, RenderableType
@@ -37,21 +36,14 @@ class LiveView:
         self._past: dict[str, deque[NodeSample]] = defaultdict(lambda: deque(maxlen=_RATE_LOOKS))
         self._next_plain_s = 0.0
         self._next_point_s = 0.0
-
-    def __enter__(self) -> LiveView:
-        if self._console.is_terminal:
+        if console.is_terminal:
             self._live = Live(
-                Text("starting"), console=self._console, refresh_per_second=4, transient=True
+                Text("starting"), console=console, refresh_per_second=4, transient=True
             )
             self._live.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Gives the terminal back; from any thread."""
         if self._live is not None:
             self._live.stop()
 

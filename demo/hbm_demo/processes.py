@@ -1,8 +1,8 @@
 """Real processes that are gone when the demo is gone.
 
 Each one leads its own process group and is asked by the kernel to end when the demo dies, whatever
-killed it. Signals are held back while a process is being registered, so that none can slip
-through between its start and the list of what must be stopped.
+killed it. Starting and stopping exclude each other, so that none can slip through between its start
+and the list of what must be stopped.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final
@@ -22,7 +23,6 @@ from typing import IO, Any, Final
 from hbm_demo.errors import ProcessFailed
 
 _PR_SET_PDEATHSIG: Final = 1
-_HELD: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _POLL_S: Final = 0.02
 
@@ -93,6 +93,8 @@ class Processes:
         self._logs = logs
         self._stop_timeout_s = stop_timeout_s
         self._running: list[Process] = []
+        self._lock = threading.Lock()
+        self._stopped = False
         logs.mkdir(parents=True, exist_ok=True)
 
     def start(
@@ -104,10 +106,15 @@ class Processes:
         environment: Mapping[str, str] | None = None,
         stdout: int | None = None,
     ) -> Process:
-        """Starts `command`. Its output goes to NAME.log, its stdout to `stdout` if given."""
+        """Starts `command`. Its output goes to NAME.log, its stdout to `stdout` if given.
+
+        Raises `ProcessFailed` once these processes have been stopped.
+        """
         log = self._logs / f"{name}.log"
         parent = os.getpid()
-        with log.open("ab") as sink, _held_signals():
+        with log.open("ab") as sink, self._lock:
+            if self._stopped:
+                raise ProcessFailed(f"{name} is not started: everything is being stopped")
             popen = subprocess.Popen(
                 list(command),
                 stdin=subprocess.DEVNULL,
@@ -144,8 +151,10 @@ class Processes:
         raise KeyError(name)
 
     def stop(self) -> None:
-        """SIGTERM, newest first and all within one time limit; then SIGKILL to what is left."""
-        with _held_signals():
+        """SIGTERM, newest first and all within one time limit; then SIGKILL to what is left. Any
+        thread may call it, also a second time."""
+        with self._lock:
+            self._stopped = True
             for process in reversed(self._running):
                 if process.popen.poll() is None:
                     process.popen.terminate()
@@ -188,26 +197,6 @@ def _follow(parent: int) -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it ended before the line above
         os._exit(1)
-
-
-@contextlib.contextmanager
-def _held_signals() -> Iterator[None]:
-    """Signals that would end the demo wait until the block is left.
-
-    By handler, not by mask: with threads of other libraries about, a masked signal lands in one of
-    those and its Python handler runs all the same. Only the main thread may be in here.
-    """
-    waiting: list[int] = []
-    before = {number: signal.getsignal(number) for number in _HELD}
-    try:
-        for number in _HELD:
-            signal.signal(number, lambda number, _: waiting.append(number))
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for held in waiting:
-        signal.raise_signal(held)
 
 
 def _inherited() -> dict[str, str]:

@@ -98,7 +98,7 @@ def _tiles(summary: dict[str, Any]) -> str:
     wrong = summary["mismatched_scores"] + summary["integrity_violations"]
     tiles = [
         (f"{_number(alpha['min'])} – {_number(alpha['max'])}", "range of α"),
-        (str(alpha["moves"]), f"moves ({alpha['moves_up']} steps up, {alpha['moves_down']} down)"),
+        (str(alpha["moves"]), f"moves ({alpha['moves_up']} up, {alpha['moves_down']} down)"),
         (str(summary["requests"]), f"requests, {failed} failed or dropped"),
         (
             str(wrong),

@@ -19,6 +19,7 @@ from hbm_serving.config import load_config
 
 from hbm_demo.arm import ArmResult, View, run_arm
 from hbm_demo.errors import DemoError
+from hbm_demo.interrupt import Cleanups
 from hbm_demo.optimum import find_optima
 from hbm_demo.redis_server import redis_executable
 from hbm_demo.score_check import check_scores
@@ -29,11 +30,11 @@ from hbm_demo.system import ADAPTIVE, FIXED
 _MAX_SIBLINGS: Final = 100
 
 
-def run_demo(settings: DemoSettings, view: View) -> tuple[dict[str, Any], Path]:
+def run_demo(settings: DemoSettings, view: View, cleanups: Cleanups) -> tuple[dict[str, Any], Path]:
     """Runs everything; the summary and the folder it was written to.
 
-    Raises `DemoError` or `hbm_load.LoadError` with one line. Whatever is raised, no process that
-    was started is left.
+    Raises `DemoError` or `hbm_load.LoadError` with one line. Whatever is raised, and when
+    `cleanups` are stopped meanwhile, no process that was started is left.
     """
     started_s = time.monotonic()
     model = load_config(MODEL_PRESET)
@@ -41,7 +42,7 @@ def run_demo(settings: DemoSettings, view: View) -> tuple[dict[str, Any], Path]:
     slo_ms = model.server.slo_ms
     redis_executable()
     arms = (ADAPTIVE, FIXED) if settings.compare else (ADAPTIVE,)
-    with _output_folder(settings.out) as out, _run_folder() as directory:
+    with _output_folder(settings.out) as out, _run_folder(cleanups) as directory:
         if out != settings.out:
             view.say(f"{settings.out} belongs to a running demo; this one writes to {out}")
         results = [
@@ -53,6 +54,7 @@ def run_demo(settings: DemoSettings, view: View) -> tuple[dict[str, Any], Path]:
                 out=out,
                 model=model,
                 view=view,
+                cleanups=cleanups,
             )
             for arm in arms
         ]
@@ -137,13 +139,11 @@ def _output_folder(wanted: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _run_folder() -> Iterator[Path]:
+def _run_folder(cleanups: Cleanups) -> Iterator[Path]:
     """A folder for sockets and control blocks, short enough for a socket's path."""
     folder = Path(tempfile.mkdtemp(prefix="hbm-", dir="/tmp" if os.path.isdir("/tmp") else None))
-    try:
+    with cleanups.undone_by(lambda: shutil.rmtree(folder, ignore_errors=True)):
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:

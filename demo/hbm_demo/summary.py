@@ -20,6 +20,8 @@ from hbm_demo.settings import DemoSettings
 
 SCHEMA_VERSION: Final = 1
 P99_FROM_N: Final = 1000
+_MOVE_ENDS_S: Final = 1.0
+"""Longer than the pause between two steps of a ramp: ticks and samples are 0.2 s apart."""
 _PACKAGES: Final = ("hbm-partition", "torch", "numpy", "numba", "fbgemm_gpu-cpu", "redis", "uvloop")
 
 
@@ -225,17 +227,31 @@ def _grown(
 
 
 def _alpha(series: Mapping[str, NodeSeries]) -> dict[str, float | int | None]:
-    """Range of the applied α and its changes, as seen between samples."""
+    """Range of the applied α and its moves, as seen between samples."""
     values = np.concatenate([each.alpha for each in series.values()])
-    changes = np.concatenate([np.diff(each.alpha) for each in series.values()])
-    moves = sum(int(each.counters["moves"][-1]) for each in series.values() if len(each.time_s))
+    directions = [_directions(each) for each in series.values()]
+    up, down = (sum(moves.count(way) for moves in directions) for way in (1, -1))
     return {
         "min": float(values.min()) if len(values) else None,
         "max": float(values.max()) if len(values) else None,
-        "moves": moves,
-        "moves_up": int((changes > 1e-9).sum()),
-        "moves_down": int((changes < -1e-9).sum()),
+        "moves": up + down,
+        "moves_up": up,
+        "moves_down": down,
     }
+
+
+def _directions(series: NodeSeries) -> list[int]:
+    """1 or -1 for each move of one node. A ramp is many steps but one move: steps in one direction
+    belong together until α has stood still for `_MOVE_ENDS_S`, or turns."""
+    steps = np.diff(series.alpha)
+    moves: list[int] = []
+    last_s = -np.inf
+    for index in np.flatnonzero(np.abs(steps) > 1e-9):
+        way, time_s = int(np.sign(steps[index])), float(series.time_s[index + 1])
+        if not moves or moves[-1] != way or time_s - last_s > _MOVE_ENDS_S:
+            moves.append(way)
+        last_s = time_s
+    return moves
 
 
 def _decisions(result: ArmResult) -> dict[str, float | int | None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hbm_demo.errors import ProcessFailed
+from hbm_demo.interrupt import Cleanups, run_stoppable
 from hbm_demo.processes import Processes
 from hbm_demo.redis_server import redis_executable, start_redis, wait_redis
 
@@ -78,56 +79,86 @@ def test_what_ignores_sigterm_is_killed_with_its_children(tmp_path: Path, marked
     until(lambda: living() == [], "both are gone")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def stoppable(folder: Path, work: str) -> list[str]:
+    """A parent that runs `work` as the demo runs: stoppable, with `start(name)` for a process."""
+    return script(
+        f"""
+        import os, sys, time
+        from pathlib import Path
+        from hbm_demo.interrupt import Cleanups, Stopped, run_stoppable
+        from hbm_demo.processes import Processes
+        cleanups = Cleanups()
+        def work():
+            print("ready", flush=True)
+            while True:
+                processes = Processes(Path({str(folder)!r}))
+                with cleanups.undone_by(processes.stop):
+                    for index in range(3):
+                        processes.start(f"p{{index}}", ["sleep", "60"])
+                    {work}
+        try:
+            run_stoppable(work, cleanups)
+        except Stopped as stopped:
+            os._exit(stopped.status)
+        """
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_killed_parent_takes_its_processes_along(
     tmp_path: Path, marked, until, number: signal.Signals
 ) -> None:
     environment, living = marked
-    code = f"""
-        import signal, sys, time
-        from pathlib import Path
-        from hbm_demo.processes import Processes
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        with Processes(Path({str(tmp_path)!r})) as processes:
-            for index in range(3):
-                processes.start(f"p{{index}}", ["sleep", "60"])
-            time.sleep(60)
-    """
-    parent = subprocess.Popen(script(code), env=environment, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        stoppable(tmp_path, "time.sleep(60)"), env=environment, stdout=subprocess.DEVNULL
+    )
     until(lambda: len(living()) == 4, "all are started")
     parent.send_signal(number)
-    parent.wait(30)
+    assert parent.wait(30) == (-9 if number == signal.SIGKILL else 128 + number)
     until(lambda: living() == [], "all are gone")
 
 
 def test_interrupts_at_any_moment_of_start_and_stop_leave_nothing(
     tmp_path: Path, marked, until
 ) -> None:
-    """A parent that starts and stops in a loop is interrupted at moments spread over the loop."""
+    """A parent that starts and stops in a loop is interrupted at moments spread over the loop,
+    several times each, as by a user who is in a hurry."""
     environment, living = marked
-    code = f"""
-        import sys
-        from pathlib import Path
-        from hbm_demo.processes import Processes
-        print("ready", flush=True)
-        while True:
-            with Processes(Path({str(tmp_path)!r})) as processes:
-                for index in range(3):
-                    processes.start(f"p{{index}}", ["sleep", "60"])
-    """
-    for attempt in range(8):
+    for attempt in range(20):
         parent = subprocess.Popen(
-            script(code), env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            stoppable(tmp_path, "pass"), env=environment, stdout=subprocess.PIPE
         )
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"ready\n"
-        until(lambda: len(living()) > 1, "it starts processes")
+        if attempt % 2:
+            until(lambda: len(living()) > 1, "it starts processes")
         for _ in range(attempt * 40):
             os.getppid()
-        parent.send_signal(signal.SIGINT)
-        assert parent.wait(30) != 0
+        for _ in range(3):
+            parent.send_signal(signal.SIGINT)
+        assert parent.wait(30) == 130
         parent.stdout.close()
         until(lambda: living() == [], f"nothing is left of attempt {attempt}")
+
+
+def test_work_ends_as_it_would_without_a_thread() -> None:
+    cleanups, undone = Cleanups(), []
+
+    def work() -> int:
+        with cleanups.undone_by(lambda: undone.append("a")):
+            return 7
+
+    assert run_stoppable(work, cleanups) == 7
+    assert undone == ["a"]
+    with pytest.raises(ZeroDivisionError):
+        run_stoppable(lambda: 1 / 0, Cleanups())
+
+
+def test_no_process_starts_after_the_stop(tmp_path: Path) -> None:
+    processes = Processes(tmp_path)
+    processes.stop()
+    with pytest.raises(ProcessFailed, match="late is not started"):
+        processes.start("late", ["sleep", "60"])
 
 
 def test_two_redis_servers_live_side_by_side(tmp_path: Path) -> None:

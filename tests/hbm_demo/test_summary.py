@@ -48,6 +48,20 @@ def test_every_promised_field_is_there(summary: dict, arms: list[ArmResult]) -> 
     assert summary["refill_bytes"] > 0
 
 
+def test_a_ramp_is_one_move(arms: list[ArmResult], optima) -> None:
+    """Up in steps, a rest, further up, then down: three moves of each of two nodes."""
+    ramp = [0.5, 0.55, 0.6, 0.6, 0.65, *[0.65] * 8, 0.7, 0.75, 0.7, 0.6]
+    first = arms[0].samples[0]
+    samples = [
+        first._replace(time_s=0.2 * place, alpha=alpha, node=node)
+        for place, alpha in enumerate(ramp)
+        for node in arms[0].nodes
+    ]
+    arm = arms[0]._replace(samples=samples)
+    made = summarise(SETTINGS, [arm], optima, ScoreCheck(38, 0, 1e-7, ""), 50.0, 200.0)
+    assert made["alpha"] == {"min": 0.5, "max": 0.75, "moves": 6, "moves_up": 4, "moves_down": 2}
+
+
 def test_alpha_and_its_moves_are_counted_per_node(summary: dict) -> None:
     assert summary["alpha"] == {"min": 0.2, "max": 0.8, "moves": 4, "moves_up": 2, "moves_down": 2}
     assert summary["arms"]["fixed"]["alpha"]["moves"] == 0
@@ -200,10 +214,11 @@ def test_the_live_view_shows_the_state(arms: list[ArmResult], terminal: bool) ->
         "emb_hit_rate": 0.5,
         "nodes": {"node-0": 22, "node-1": 18},
     }
-    with live.LiveView(console) as view:
-        view.say("starting")
-        view.update(ADAPTIVE, None, [])
-        view.update(ADAPTIVE, progress, arms[0].samples[200:202])
+    view = live.LiveView(console)
+    view.say("starting")
+    view.update(ADAPTIVE, None, [])
+    view.update(ADAPTIVE, progress, arms[0].samples[200:202])
+    view.close()
     shown = console.export_text()
     for word in ("trend", "40/100", "5.2 ms", "P95", "17.5 ms", "97.5", "0.80", "22", "18"):
         assert word in shown, word
