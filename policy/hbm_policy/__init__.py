@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hbm_policy.anchor import TwinAnchor
-from hbm_policy.config import AnchorConfig, PolicyConfig, ShieldConfig
+from hbm_policy.config import AnchorConfig, MoveConfig, PolicyConfig, ShieldConfig
 from hbm_policy.costs import CostConstants, CostSource, DeclaredCosts
 from hbm_policy.decide import Policy, decide, is_hold
 from hbm_policy.intake import Intake, read_curve
@@ -30,6 +30,7 @@ __all__ = [
     "Gate",
     "Gating",
     "Intake",
+    "MoveConfig",
     "NoResidual",
     "Policy",
     "PolicyConfig",

@@ -35,7 +35,23 @@ class AnchorConfig(BaseModel):
     """A curve older than this is no evidence; α̂ stays and no new move starts."""
 
 
-class ShieldConfig(BaseModel):
+class MoveConfig(BaseModel):
+    """What a move may cost. Part of the wish: it may change while the process runs."""
+
+    model_config = _STRICT
+
+    move_fraction: Annotated[Share, Field(gt=0.0)] = 0.75
+    """Part of the way from α to the anchor that one move goes: an abrupt full move costs more
+    than it brings. 1: all of it."""
+    slew_per_s: Positive = 0.05
+    """Speed of a move in α per second."""
+    min_change: Share = 0.02
+    """No move starts while α is this close to the anchor. 0: any distance."""
+    dwell_ms: Annotated[NonNegative, Field(le=_MAX_MS)] = 1000.0
+    """Least time between moves, whatever the traffic. 0: accesses alone count."""
+
+
+class ShieldConfig(MoveConfig):
     """The last layer: what may be commanded, how fast, how often."""
 
     model_config = _STRICT
@@ -44,24 +60,15 @@ class ShieldConfig(BaseModel):
     """Telemetry older than this: the server is dead, nothing is decided."""
     clock_slack_ms: Annotated[NonNegative, Field(le=_MAX_MS)] = 50.0
     """Telemetry may be this far in the future (it was written while we read). 0: not at all."""
-    move_fraction: Annotated[Share, Field(gt=0.0)] = 0.75
-    """Part of the way from α to the anchor that one move goes: an abrupt full move costs more
-    than it brings. 1: all of it."""
-    slew_per_s: Positive = 0.05
-    """Speed of a move in α per second."""
     min_gain: Share = 0.003
     """No move starts that is predicted to save less than this share of the cost. 0: any gain."""
     min_gain_ms: NonNegative = 0.0
     """As `min_gain`, in ms per request; both must be exceeded. 0: only the share counts."""
-    min_change: Share = 0.02
-    """No move starts while α is this close to the anchor. 0: any distance."""
     dwell_accesses_per_slot: NonNegative = 0.8
     """EMB accesses per EMB slot between the end of a move and the next: oscillation costs more
     than either split. 0: no dwell."""
     dwell_double_change: Positive = 0.3
     """A move of this |Δα| doubles the dwell that follows it, twice of it triples it."""
-    dwell_ms: Annotated[NonNegative, Field(le=_MAX_MS)] = 1000.0
-    """Least time between moves, whatever the traffic. 0: accesses alone count."""
     refill_link_busy: Share = 0.9
     """Refill is paused when the link is busy for more than this share of the time; below it the
     budget shrinks with the idle share. 1: never paused. 0: only on an idle link."""

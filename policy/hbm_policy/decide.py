@@ -77,7 +77,7 @@ class Policy:
         here = reading.alpha_target
         # Steer from where the pool is, not from what was once wanted.
         if mode != state.mode:
-            state = state._replace(mode=mode, target=here, goal=here)
+            state = state._replace(mode=mode, target=here, goal=_first_goal(reading))
         elif _limited(reading, state):
             reasons = _SERVER_LIMITED
             # A fixed α out of the server's reach is one move, not a new one at each tick.
@@ -162,7 +162,21 @@ def _adopt(reading: Reading, state: PolicyState) -> Decision:
         move_accesses=reading.emb_accesses,
         emb_accesses=reading.emb_accesses,
     )
-    return _hold(reading, fresh, _RESTARTED)
+    decision = _hold(reading, fresh, _RESTARTED)
+    return decision._replace(state=decision.state._replace(goal=_first_goal(reading)))
+
+
+def _first_goal(reading: Reading) -> float:
+    """A server that nobody has commanded yet goes to the α it is to begin with, if one is given;
+    any other one stays where it is going."""
+    wanted = reading.alpha_initial
+    if (
+        reading.command_generation == 0
+        and reading.mode in (_AUTO, _RECOMMEND)
+        and 0.0 <= wanted <= 1.0
+    ):
+        return wanted
+    return reading.alpha_target
 
 
 def _limited(reading: Reading, state: PolicyState) -> bool:

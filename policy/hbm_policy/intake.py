@@ -66,7 +66,8 @@ _TELEMETRY: Final = Fields(
     ),
 )
 _INTENT: Final = Fields(
-    INTENT, ("mode", "alpha_min", "alpha_max", "alpha_fixed", "refill_bytes_per_s")
+    INTENT,
+    ("mode", "alpha_min", "alpha_max", "alpha_fixed", "refill_bytes_per_s", "alpha_initial"),
 )
 _CURVES: Final = Fields(
     CURVES,
@@ -83,7 +84,7 @@ _POINTS: Final = [
     struct.Struct(f"<{points}d").unpack_from for points in range(MAX_CURVE_POINTS + 1)
 ]
 _NOTHING_SEEN: Final = (0, 0, 0.0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
-_NOTHING_ASKED: Final = (None, 0.0, 1.0, 0.0, 0.0)
+_NOTHING_ASKED: Final = (None, 0.0, 1.0, 0.0, 0.0, math.nan)
 
 
 _new: Final = tuple.__new__
@@ -159,7 +160,7 @@ class Intake:
         ) = seen
         rows_0, rows_1, rows_2, rows_3 = self._rows_per_extent
         low, high = self._bounds
-        mode, alpha_min, alpha_max, alpha_fixed, refill = wish
+        mode, alpha_min, alpha_max, alpha_fixed, refill, alpha_initial = wish
         return _new(
             Reading,
             (
@@ -186,6 +187,7 @@ class Intake:
                 alpha_fixed,
                 refill,
                 curve,
+                alpha_initial,
             ),
         )
 

@@ -133,6 +133,7 @@ class Reading(NamedTuple):
     refill_bytes_per_s: float
     # The twin.
     curve: Curve | None
+    alpha_initial: float = math.nan  # for a server that has had no command yet; NaN: its own
 
 
 class PolicyState(NamedTuple):

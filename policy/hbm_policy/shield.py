@@ -101,6 +101,7 @@ class Shield:
             alpha_fixed,
             refill_bytes_per_s,
             _,
+            _,
         ) = reading
         if boot_epoch == 0 or telemetry_ns <= 0:
             return _NO_TELEMETRY

@@ -21,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 import uvicorn
 from fastapi import FastAPI
+from hbm_policy import MoveConfig
 from hbm_pool.contracts import digest as codec
 from hbm_pool.contracts.records import COMMAND, INTENT
 
@@ -171,7 +172,8 @@ class Admin:
 
     def policy(self) -> dict[str, Any]:
         """The parameters of the decision, by name."""
-        return self.config.policy().flat()
+        moves = self.source.current().model_dump(include=set(MoveConfig.model_fields))
+        return self.config.policy().flat() | moves
 
     def readiness(self) -> dict[str, str]:
         """What keeps decisions from being taken, by part."""

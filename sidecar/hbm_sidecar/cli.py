@@ -64,6 +64,10 @@ def run_sidecar(
     alpha_fixed: Annotated[
         float | None, typer.Option(help="α of mode fixed. [HBM_ALPHA_FIXED]")
     ] = None,
+    alpha_initial: Annotated[
+        float | None,
+        typer.Option(help="α for a server without any command yet. [HBM_ALPHA_INITIAL]"),
+    ] = None,
     slo_ms: Annotated[
         float | None,
         typer.Option(help="Latency goal, ms; 0: the server's own. [HBM_SLO_MS, 0]"),

@@ -21,9 +21,11 @@ import numpy.typing as npt
 from hbm_policy import (
     Decision,
     Intake,
+    MoveConfig,
     Policy,
     PolicyState,
     Reason,
+    ShieldConfig,
 )
 from hbm_pool.contracts.control_block import (
     ControlBlockError,
@@ -35,6 +37,7 @@ from hbm_pool.contracts.control_block import (
 )
 from hbm_pool.contracts.record_slots import slots_bytes
 from hbm_pool.contracts.records import COMMAND, CURVES, INTENT, TELEMETRY
+from pydantic import ValidationError
 
 from hbm_sidecar.config import SidecarConfig
 from hbm_sidecar.log import configure
@@ -79,12 +82,15 @@ class Decider:
     ) -> None:
         self.period_ns = int(config.tick_ms * 1e6)
         self._run_dir = config.run_dir
-        self._policy = Policy(config.policy())
+        self._parameters = config.policy()
+        self._policy = Policy(self._parameters)
         self._log = log
         self._clock_ns = clock_ns
         self._telemetry = np.zeros((), dtype=TELEMETRY)
         self._intent = np.zeros((), dtype=INTENT)
         self._curves = np.zeros((), dtype=CURVES)
+        self._wish_hash = 0
+        self._wish_generation = 0
         self._known_intent: npt.NDArray[Any] | None = None
         self._known_curves: npt.NDArray[Any] | None = None
         self._intake: Intake | None = None
@@ -168,11 +174,28 @@ class Decider:
             self._attach(SidecarBlock.open(self._run_dir), wishes.read_decisions(1))
         if wishes.read_intent(self._intent):
             self._known_intent = self._intent
+            self._take_wish()
             wished_ms = float(self._intent["tick_ms"])
             if TICK_MIN_MS <= wished_ms <= TICK_MAX_MS:
                 self.period_ns = int(wished_ms * 1e6)
         if wishes.read_curves(self._curves):
             self._known_curves = self._curves
+
+    def _take_wish(self) -> None:
+        """Follow another wish. The price of moves is a parameter of the policy, which keeps no
+        state: another one goes on where it was."""
+        self._wish_generation = int(self._intent["generation"])
+        if int(self._intent["policy_hash"]) == self._wish_hash:
+            return
+        self._wish_hash = int(self._intent["policy_hash"])
+        moves = {name: float(self._intent[name]) for name in MoveConfig.model_fields}
+        shield = self._parameters.shield.model_dump() | moves
+        try:
+            wished = self._parameters.model_copy(update={"shield": ShieldConfig(**shield)})
+        except ValidationError as error:
+            self._log.warning("price of moves not taken over", why=str(error))
+            return
+        self._policy = Policy(wished)
 
     def _attach(self, block: SidecarBlock, newest: npt.NDArray[Any]) -> None:
         """Go on where the process before this one ended: generations and ticks only grow.
@@ -213,6 +236,7 @@ class Decider:
         self._said_dead = dead
         self._pack_decision(
             decision.generation if decision.apply else 0,
+            self._wish_generation,
             decision.tick,
             decision.alpha,
             decision.anchor,

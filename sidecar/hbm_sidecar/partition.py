@@ -1,9 +1,9 @@
 """What the sidecar is asked to do, and who may say so.
 
-A `Partition` is the whole wish: mode, bounds, fixed α, SLO, tick, refill budget. It comes from one
-`PartitionSource`. Two exist: `LocalPartition` (flags, then whatever was last PUT, kept in the run
-directory) and `DeclaredPartition` (a file that somebody else writes). A source with an `owner`
-answers PUT with a refusal that names the owner; a Kubernetes object is a third source of that kind.
+A `Partition` is the whole wish: mode, bounds, α, SLO, tick, refill budget, price of moves. It comes
+from one `PartitionSource`: `LocalPartition` (flags, then whatever was last PUT, kept in the run
+directory), `DeclaredPartition` (a file that somebody else writes), or `ClusterPartition` (an object
+of the Kubernetes API). A source with an `owner` answers PUT with a refusal that names it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Annotated, Final, Protocol
 
 import numpy as np
 import xxhash
+from hbm_policy import MoveConfig
 from hbm_pool.contracts.records import INTENT, Mode
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core.core_schema import ValidationInfo
@@ -54,7 +55,7 @@ def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
-class Partition(BaseModel):
+class Partition(MoveConfig):
     """The wish. All fields are checked against each other; an error names the field."""
 
     model_config = ConfigDict(
@@ -70,6 +71,12 @@ class Partition(BaseModel):
     alpha_max: float = Field(0.9, ge=0.0, le=1.0, description="Upper bound of α.")
     alpha_fixed: float | None = Field(
         None, ge=0.0, le=1.0, description="α of mode fixed; within the bounds."
+    )
+    alpha_initial: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="α for a server that has had no command yet. None: its own.",
     )
     slo_ms: float = Field(
         0.0, ge=0.0, le=3.6e6, description="Latency goal, ms. 0: the server's own."
@@ -124,6 +131,10 @@ class Partition(BaseModel):
         record["slo_ms"] = self.slo_ms
         record["tick_ms"] = self.tick_ms
         record["refill_bytes_per_s"] = self.refill_bytes_per_s
+        initial = self.alpha_initial
+        record["alpha_initial"] = math.nan if initial is None else initial
+        for name in MoveConfig.model_fields:
+            record[name] = getattr(self, name)
         record["policy_hash"] = self.policy_hash()
 
 
@@ -136,9 +147,14 @@ class PartitionChange(BaseModel):
     alpha_min: float | None = None
     alpha_max: float | None = None
     alpha_fixed: float | None = None
+    alpha_initial: float | None = None
     slo_ms: float | None = None
     tick_ms: float | None = None
     refill_bytes_per_s: float | None = None
+    move_fraction: float | None = None
+    slew_per_s: float | None = None
+    min_change: float | None = None
+    dwell_ms: float | None = None
 
 
 def new_intent() -> np.ndarray:

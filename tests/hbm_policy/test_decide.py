@@ -180,3 +180,41 @@ def test_a_residual_shifts_the_goal_within_its_limit(adopted, reading, valley, a
     cut = math.copysign(min(abs(asked), MAX_CORRECTION), asked)
     assert decision.state.goal == pytest.approx(0.8 + cut)
     assert decision.anchor == pytest.approx(0.8)
+
+
+def test_a_server_without_any_command_begins_at_the_initial_alpha(reading) -> None:
+    nothing_known = {"curve": None, "alpha_initial": 0.7}
+    state = decide(reading(1, **nothing_known), PolicyState()).state
+    targets = []
+    for tick in range(2, 40):
+        decision = decide(reading(tick, **nothing_known, alpha_target=state.target), state)
+        assert decision.apply
+        targets.append(decision.target)
+        state = decision.state
+    assert targets == sorted(targets)
+    assert targets[-1] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"command_generation": 3},  # somebody has decided before
+        {"alpha_initial": math.nan},
+        {"mode": int(Mode.HOLD)},
+    ],
+)
+def test_others_stay_where_they_are(reading, fields) -> None:
+    seen = {"curve": None, "alpha_initial": 0.7} | fields
+    state = decide(reading(1, **seen), PolicyState()).state
+    for tick in range(2, 40):
+        decision = decide(reading(tick, **seen), state)
+        assert decision.target == 0.5
+        state = decision.state
+
+
+def test_the_initial_alpha_counts_when_a_hold_ends_and_stays_within_the_bounds(reading) -> None:
+    seen = {"curve": None, "alpha_initial": 0.95, "alpha_max": 0.8}
+    state = decide(reading(1, **seen, mode=int(Mode.HOLD)), PolicyState()).state
+    for tick in range(2, 60):
+        state = decide(reading(tick, **seen), state).state
+    assert state.target == pytest.approx(0.8)

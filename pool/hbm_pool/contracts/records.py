@@ -15,7 +15,7 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 MAX_CLASSES: Final = 4
 """Row-width classes a pool may have."""
 MAX_CURVE_POINTS: Final = 32
@@ -135,6 +135,12 @@ INTENT: Final = np.dtype(
         ("slo_ms", "<f8"),
         ("tick_ms", "<f8"),
         ("refill_bytes_per_s", "<f8"),
+        ("alpha_initial", "<f8"),  # for a server that has had no command yet; NaN: its own
+        # What a move may cost (hbm_policy.MoveConfig).
+        ("slew_per_s", "<f8"),
+        ("move_fraction", "<f8"),
+        ("min_change", "<f8"),
+        ("dwell_ms", "<f8"),
         ("policy_hash", "<u8"),
     ],
     align=True,
@@ -165,6 +171,7 @@ DECISION: Final = np.dtype(
     [
         ("monotonic_ns", "<i8"),
         ("generation", "<u8"),  # of the command written with it; 0 when none was
+        ("intent_generation", "<u8"),  # of the wish that it followed; 0: of none
         ("tick", "<u8"),
         ("alpha", "<f8"),  # applied, as read
         ("anchor", "<f8"),  # α̂; NaN while unknown
