@@ -172,6 +172,7 @@ class EmbeddingCache:
                 raise RowStoreError(
                     f"table {table!r}: {keys.size} rows could not be written ({error})"
                 ) from error
+            self.link.push(int(kind.index.contains(keys).sum()) * kind.row_bytes)
             with self._lock:
                 self._order_streams()
                 kind.index.update(keys, kind.on_device(rows))
@@ -378,8 +379,7 @@ class EmbeddingCache:
             if keys.size
         ]
         waiting = [one for one, keys in zip(found, missed, strict=True) if keys.size]
-        link_s = 0.0
-        inserted: list[Inserted] = []
+        link_s, inserted = 0.0, list[Inserted]()
         if fetches:
             link_s = self._fetch(fetches)
             inserted = self._settle(fetches, ticket, waiting)

@@ -1,9 +1,9 @@
 """The link between host and device: who used it, and on CPU what its copies would have cost.
 
-One link serves misses of requests, refill and moves. Without a rate it only counts; with one, a
-copy waits as long as it would take behind what is already on its way. Copies towards the device
-are served in the order in which they come; while something travels the other way, they are slower
-(24.8 to about 11 GB/s on an A100's PCIe 4 x16, `docs/results.md`).
+One link serves misses of requests, refill and pushed rows. Without a rate it only counts; with
+one, a copy waits as long as it would take behind what is already on its way. Copies towards the
+device are served in the order in which they come; while something travels the other way, they are
+slower (24.8 to about 11 GB/s on an A100's PCIe 4 x16, `docs/results.md`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Final, NamedTuple
 
 OPPOSING_FACTOR: Final = 11.0 / 24.8
 BUSY_WINDOW_S: Final = 1.0
+PUSH_BYTES: Final = 128 << 10
+"""Pushed rows travel in pieces of this size: a request waits for one at most."""
 _SPIN_S: Final = 50e-6
 """A sleep is late by about this much: what is left at the end is spun away."""
 
@@ -31,6 +33,7 @@ class LinkCounters(NamedTuple):
     refill_copies: int
     critical_refill_copies: int
     """Refill copies that a request's copy had to wait for."""
+    push_bytes: int
     device_to_host_bytes: int
     busy: float
     """Share of the last second in which something was on its way to the device (0 without rate)."""
@@ -74,6 +77,7 @@ class LinkModel:
         self._spans: deque[tuple[float, float]] = deque()  # when something was on its way
         self._foreground_bytes = 0
         self._foreground_copies = 0
+        self._push_bytes = 0
         self._refill_bytes = 0
         self._refill_copies = 0
         self._critical = 0
@@ -147,6 +151,18 @@ class LinkModel:
             self._sleep_s(left)
         return max(0.0, end - now)
 
+    def push(self, nbytes: int) -> float:
+        """Copies new values of rows that lie on the device; returns what it took in seconds."""
+        took = 0.0
+        for start in range(0, nbytes, PUSH_BYTES):
+            part = min(PUSH_BYTES, nbytes - start)
+            with self._lock:
+                now = self._clock_s()
+                self._push_bytes += part
+                end = self._reserve(now, part)
+            took += self._wait(now, end)
+        return took
+
     def device_to_host(self, nbytes: int) -> float:
         """Copies the other way; returns what it took in seconds."""
         with self._lock:
@@ -167,6 +183,7 @@ class LinkModel:
                 refill_bytes=self._refill_bytes,
                 refill_copies=self._refill_copies,
                 critical_refill_copies=self._critical,
+                push_bytes=self._push_bytes,
                 device_to_host_bytes=self._back_bytes,
                 busy=self._busy(self._clock_s()),
             )

@@ -359,6 +359,16 @@ def test_shard_rows_count_every_resident_row(index: str) -> None:
     assert int(shards.sum()) == resident > 0
 
 
+def test_link_is_charged_for_pushed_rows_that_are_resident() -> None:
+    link = LinkModel(None)
+    world = EmbWorld(3, link=link)
+    world.grow(20)
+    world.gather_and_check({"text": torch.arange(10)})
+    values = torch.zeros((20, 64), dtype=torch.bfloat16)
+    world.cache.push_rows("text", torch.arange(20), values)
+    assert link.counters().push_bytes == 10 * 128
+
+
 def test_link_is_charged_for_misses_alone() -> None:
     link = LinkModel(None)
     world = EmbWorld(12, link=link)

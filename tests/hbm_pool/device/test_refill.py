@@ -44,6 +44,14 @@ class Clock:
         return self.now_s
 
 
+class Ticking(Clock):
+    """Goes on a little with every look, so that spinning ends."""
+
+    def __call__(self) -> float:
+        self.now_s += 1e-6
+        return self.now_s
+
+
 def hot_world(seed: int = 0, hot: int = 200, **options: Any) -> Any:
     """A world in which rows 0..hot-1 were asked for often and found little room."""
     world = EmbWorld(seed, tables=(TableSpec("item", 1500, 16),), **options)
@@ -128,17 +136,51 @@ def test_rests_without_a_rate() -> None:
 
 
 def test_yields_to_requests_and_to_the_other_direction() -> None:
+    clock = Ticking()
+    during_sleep: list[Callable[[], None]] = []
+
+    def sleep(seconds: float) -> None:
+        for act in during_sleep:
+            act()
+        clock.now_s += seconds + 1e-3
+
+    link = LinkModel(1e9, clock_s=clock, sleep_s=sleep)
+    world = hot_world(1, link=link)
+    world.grow(20)
+    refiller = Refiller(world.cache, 1e9, clock_s=clock)
+    clock.now_s += 1.0
+    with link.fetching():
+        assert refiller.step() == YIELD_S
+    waits: list[float] = []
+    during_sleep.append(lambda: waits.append(refiller.step()))
+    link.device_to_host(1 << 20)
+    link.foreground(1 << 20)
+    during_sleep.clear()
+    assert waits == [YIELD_S, YIELD_S]
+    assert refiller.counters().yields == 3
+    assert refiller.counters().copies == 0
+    assert refiller.step() == 0.0
+
+
+def test_yields_from_the_first_look_of_a_request_to_its_last_row() -> None:
+    """While a request reads its missed rows, the link it will need stays free."""
     clock = Clock()
     world = hot_world(1)
     world.grow(20)
     refiller = Refiller(world.cache, 1e9, clock_s=clock)
     clock.now_s += 1.0
-    with world.cache.link.fetching():
-        assert refiller.step() == YIELD_S
-    assert refiller.counters().yields == 1
-    assert refiller.counters().copies == 0
-    link = world.cache.link
-    assert link.quiet
+    waits: list[float] = []
+    store = world.stores["item"]
+    read = store.read
+
+    def read_beside(ids: Any, out: Any) -> None:
+        store.read = read
+        waits.append(refiller.step())
+        read(ids, out)
+
+    store.read = read_beside
+    world.gather_and_check({"item": torch.arange(1000, 1010)})
+    assert waits == [YIELD_S]
     assert refiller.step() == 0.0
 
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from hbm_pool.host.link import LinkModel
+from hbm_pool.host.link import PUSH_BYTES, LinkModel
 
 
 class Clock:
@@ -107,6 +107,44 @@ def test_quiet_means_nobody_fetches_and_nothing_travels() -> None:
     assert seen
     assert not any(seen)
     assert link.quiet
+
+
+def test_refill_waits_its_turn_in_one_step_with_looking() -> None:
+    link, clock = make(1e6)
+    with link.fetching():
+        assert link.refill(10_000) is None
+    taken: list[float | None] = []
+    clock.during_sleep = lambda: taken.append(link.refill(10_000))
+    link.foreground(1_000)
+    link.device_to_host(1_000)
+    assert taken == [None, None]
+    assert link.counters().refill_copies == link.counters().refill_bytes == 0
+    clock.during_sleep = lambda: None
+    assert link.refill(10_000) == pytest.approx(0.01, rel=1e-2)
+
+
+def test_a_request_that_comes_after_the_refill_copy_does_not_meet_it() -> None:
+    link, _ = make(1e6)
+    link.refill(10_000)
+    link.begin_fetch()
+    assert link.foreground(1_000) == pytest.approx(0.001, rel=1e-2)
+    link.end_fetch()
+    assert link.counters().critical_refill_copies == 0
+
+
+def test_pushed_rows_let_a_request_in_between() -> None:
+    link, clock = make(1e6)
+    took: list[float] = []
+
+    def request() -> None:
+        clock.during_sleep = lambda: None
+        took.append(link.foreground(1_000))
+
+    clock.during_sleep = request
+    link.push(10 * PUSH_BYTES)
+    assert took[0] <= (PUSH_BYTES + 1_000) / 1e6 * 1.01
+    assert link.counters().push_bytes == 10 * PUSH_BYTES
+    assert link.counters().foreground_bytes == 1_000
 
 
 def test_refill_runs_the_real_copy_and_clears_up_when_it_fails() -> None:
