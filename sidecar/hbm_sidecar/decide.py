@@ -284,7 +284,7 @@ class Metronome:
         pace = Pace(clock_ns(), decider.period_ns)
         while True:
             sleep_s = max(0.0, (pace.due_ns - self.lead_ns - clock_ns()) / 1e9)
-            # A process that was stopped and goes on gets an empty answer here: no signal.
+            # A wait that a SIGSTOP outlasted has an arbitrary answer (CPython), not None.
             got = signal.sigtimedwait((signal.SIGTERM,), sleep_s)
             if got is not None and got.si_signo == signal.SIGTERM:
                 return
