@@ -10,7 +10,6 @@ from hbm_e2e.control_plane import ControlPlane, Endpoints, Flags
 from hbm_e2e.errors import HarnessError
 from hbm_e2e.kubectl import Kubectl
 from hbm_e2e.toolchain import Toolchain
-from hbm_e2e.waiting import wait_for
 
 PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl")
 
@@ -74,7 +73,7 @@ class ApiServer:
             break
         if self._with_controllers:
             plane.start(plane.controller_manager)
-            self.wait_for_service_account("default")
+            self.kubectl.within("default").wait_for_service_account()
         return self
 
     def stop(self) -> None:
@@ -133,16 +132,6 @@ class ApiServer:
             ]
         kubectl = self.kubectl.within(namespace)
         return kubectl("create", "token", service_account, *bound).strip()
-
-    def wait_for_service_account(self, namespace: str) -> None:
-        """Until a new namespace has its default service account: pods are refused before."""
-        kubectl = self.kubectl.within(namespace)
-        wait_for(
-            lambda: kubectl("get", "serviceaccount", "default", "--ignore-not-found"),
-            60,
-            f"the default service account of namespace {namespace}",
-            because=self.control_plane.controller_manager.last_words,
-        )
 
     def kill_api(self) -> None:
         """Outage: SIGKILL of kube-apiserver; etcd keeps the data."""

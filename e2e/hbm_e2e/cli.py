@@ -47,6 +47,19 @@ def _up(_: argparse.Namespace) -> None:
     _say(f"export KUBECONFIG={cluster.kubeconfig}")
 
 
+def _images(arguments: argparse.Namespace) -> None:
+    from hbm_e2e.cluster import Cluster
+
+    cluster = Cluster(say=_say)
+    images = cluster.images.build_project(*arguments.targets)
+    for image in images:
+        size = image.archive.stat().st_size / 1e6
+        _say(f"{image.name}  {image.id}  {size:.0f} MB")
+    if cluster.is_up():
+        cluster.load(images)
+        _say(f"loaded into the nodes of {cluster.name}")
+
+
 def _down(_: argparse.Namespace) -> None:
     from hbm_e2e.cluster import Cluster
 
@@ -90,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
         ("kubeconfig", _kubeconfig, "print the path of the administrator's kubeconfig"),
     ):
         commands.add_parser(name, help=what).set_defaults(run=action)
+
+    images = commands.add_parser(
+        "images", help="build targets of images/Dockerfile; into the nodes, if a cluster is up"
+    )
+    images.add_argument("targets", nargs="*", metavar="TARGET", help="default: all but the server")
+    images.set_defaults(run=_images)
 
     api_server = commands.add_parser(
         "api-server", help="run an API server without nodes until interrupted (no root needed)"

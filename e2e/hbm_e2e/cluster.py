@@ -14,7 +14,7 @@ from hbm_e2e.control_plane import ControlPlane, Endpoints, Flags
 from hbm_e2e.daemon import Daemon
 from hbm_e2e.doorway import Doorway
 from hbm_e2e.errors import HarnessError
-from hbm_e2e.images import Image, ImageStore, cluster_images
+from hbm_e2e.images import REPOSITORY, TAG, Image, ImageStore, cluster_images, image_name
 from hbm_e2e.kubectl import Helm, Kubectl, run
 from hbm_e2e.network import Network
 from hbm_e2e.node import Node
@@ -24,8 +24,6 @@ from hbm_e2e.toolchain import Toolchain
 from hbm_e2e.waiting import wait_for
 
 NODES = 3
-REPOSITORY = "docker.io/hbm-partition"
-TAG = "e2e"
 API_PORT = 6443
 
 
@@ -134,7 +132,7 @@ class Cluster:
         return Helm(self._toolchain.path("helm"), self.kubeconfig, self.folder / "helm")
 
     def image(self, name: str) -> str:
-        return f"{REPOSITORY}/{name}:{TAG}"
+        return image_name(name)
 
     def node(self, name: str) -> Node:
         for node in self.nodes:
@@ -168,7 +166,8 @@ class Cluster:
         require(self._say)
         self._toolchain.build(say=self._say)
         if self.is_up():
-            self.load(images)
+            self.load([*cluster_images(self.images, self._toolchain), *images])
+            self._start_dns()
             return
         self.down()
         started = time.monotonic()
@@ -188,12 +187,11 @@ class Cluster:
         self._say(f"{time.monotonic() - started:5.1f} s  images on the nodes")
         for node in self.nodes:
             node.join()
-        self.kubectl.apply(*dns.manifests())
         self.wait_nodes_ready()
         self._say(f"{time.monotonic() - started:5.1f} s  nodes")
         for daemon in self.dead():
             raise HarnessError(f"{daemon.name} died: {daemon.last_words()}")
-        self.kubectl.within("kube-system").wait_ready("deployment/coredns")
+        self._start_dns()
         self._say(f"{time.monotonic() - started:5.1f} s  names")
 
     def down(self) -> None:
@@ -211,6 +209,18 @@ class Cluster:
             shutil.rmtree(self.folder / part, ignore_errors=True)
         for made in ("control_plane", "nodes", "_api_door"):
             self.__dict__.pop(made, None)
+
+    def repair(self) -> None:
+        """Start what was killed or switched off; until all nodes are Ready."""
+        plane = self.control_plane
+        self._api_door.open()
+        plane.start(plane.etcd, plane.api_server, plane.controller_manager, plane.scheduler)
+        plane.wait_ready()
+        for node in self.nodes:
+            node.power_on()
+            node.start_containerd()
+            node.join()
+        self.wait_nodes_ready()
 
     def load(self, images: Iterable[Image]) -> None:
         """Import images into every node that lacks them."""
@@ -252,6 +262,10 @@ class Cluster:
     def _api_door(self) -> Doorway:
         control = self.network.control
         return Doorway(self.folder, control, control.address, API_PORT)
+
+    def _start_dns(self) -> None:
+        self.kubectl.apply(*dns.manifests())
+        self.kubectl.within("kube-system").wait_ready("deployment/coredns")
 
     def _boot(self, node: Node, images: list[Image]) -> None:
         node.power_on()

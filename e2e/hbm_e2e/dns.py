@@ -36,6 +36,7 @@ def manifests() -> list[dict[str, Any]]:
         "imagePullPolicy": "Never",
         "args": ["-conf", "/etc/coredns/Corefile"],
         "volumeMounts": [{"name": "config", "mountPath": "/etc/coredns"}],
+        "ports": [{"name": "metrics", "containerPort": 9153}],
         "readinessProbe": {"httpGet": {"path": "/ready", "port": 8181}, "periodSeconds": 1},
         "securityContext": {
             "allowPrivilegeEscalation": False,

@@ -12,15 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hbm_e2e.kubectl import run
-from hbm_e2e.places import cache_dir
+from hbm_e2e.places import PACKAGE_ROOT, cache_dir
 from hbm_e2e.toolchain import Toolchain
 
 BASE = "docker.io/library/debian:12-slim"
 """What a Dockerfile's FROM says; the store answers with its own Debian 12."""
 SUITE = "bookworm"
+REPOSITORY = "docker.io/hbm-partition"
+TAG = "e2e"
+PROJECT = PACKAGE_ROOT.parent
+TARGETS = ("operator", "sidecar", "router", "redis")
+"""Of `images/Dockerfile`. Not `server`: with torch it takes gigabytes on every node."""
 CA_INSIDE = "/run/hbm-build-ca.crt"
 PIP_CACHE_INSIDE = "/run/hbm-pip-cache"
 BUILD_TIMEOUT_S = 1800
+
+SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def image_name(name: str) -> str:
+    """Under which pods of the harness's own cluster find an image."""
+    return f"{REPOSITORY}/{name}:{TAG}"
+
+
+PAUSE = image_name("pause")
+COREDNS = image_name("coredns")
 
 
 @dataclass(frozen=True)
@@ -62,8 +78,8 @@ class ImageStore:
         pip_cache.mkdir(parents=True, exist_ok=True)
         all_arguments = {
             "BASE": BASE,
-            "PIP_FLAGS": f"--quiet --disable-pip-version-check --cert={CA_INSIDE} "
-            f"--cache-dir={PIP_CACHE_INSIDE}",
+            "PIP_CERT": CA_INSIDE,
+            "PIP_CACHE_DIR": PIP_CACHE_INSIDE,
             **(arguments or {}),
         }
         with self._exclusive(), tempfile.NamedTemporaryFile("r") as image_id:
@@ -77,11 +93,27 @@ class ImageStore:
                 *("--tag", name, "--iidfile", image_id.name, "--file", str(dockerfile)),
                 str(context),
             )
-            return self._archived(name, image_id.read().strip())
+            built = image_id.read().strip()
+            content = built.removeprefix("sha256:")[:16]
+            image = Image(name, content, self._archive(name, content))
+            self._push(built, image)
+            return image
+
+    def build_project(self, *targets: str) -> list[Image]:
+        """Targets of the project's own Dockerfile, from the present source tree."""
+        dockerfile = PROJECT / "images" / "Dockerfile"
+        return [
+            self.build(dockerfile, PROJECT, image_name(target), target=target)
+            for target in targets or TARGETS
+        ]
 
     def build_program(self, program: Path, name: str) -> Image:
         """An image of nothing but one static program, which is its entry point."""
-        with tempfile.TemporaryDirectory() as scratch:
+        content = hashlib.sha256(program.read_bytes()).hexdigest()[:16]
+        image = Image(name, content, self._archive(name, content))
+        if image.archive.exists():
+            return image
+        with tempfile.TemporaryDirectory() as scratch, self._exclusive():
             context = Path(scratch)
             shutil.copy2(program, context / program.name)
             dockerfile = context / "Dockerfile"
@@ -89,13 +121,12 @@ class ImageStore:
                 f"FROM scratch\nCOPY {program.name} /{program.name}\n"
                 f'ENTRYPOINT ["/{program.name}"]\n'
             )
-            with self._exclusive(), tempfile.NamedTemporaryFile("r") as image_id:
-                self._run(
-                    *("build", "--isolation=chroot", "--timestamp=0", "--layers=false"),
-                    *("--tag", name, "--iidfile", image_id.name, "--file", str(dockerfile)),
-                    str(context),
-                )
-                return self._archived(name, image_id.read().strip())
+            self._run(
+                *("build", "--isolation=chroot", "--layers=false", "--tag", name),
+                *("--file", str(dockerfile), str(context)),
+            )
+            self._push(name, image)
+        return image
 
     def _import_base(self) -> None:
         """Debian by debootstrap, once per machine (about a minute)."""
@@ -119,22 +150,24 @@ class ImageStore:
                 (kept / "partial").mkdir(parents=True)
             container = self._run("from", "scratch").strip()
             self._run("copy", container, str(root), "/")
-            self._run("config", "--cmd", "/bin/bash", "--env", "PATH=" + PATH, container)
+            self._run("config", "--cmd", "/bin/bash", "--env", f"PATH={SEARCH_PATH}", container)
             self._run("commit", "--rm", container, BASE)
 
-    def _archived(self, name: str, image_id: str) -> Image:
-        short = image_id.removeprefix("sha256:")[:16]
+    def _archive(self, name: str, content: str) -> Path:
         label = hashlib.sha256(name.encode()).hexdigest()[:8]
-        archive = self._folder / "archives" / f"{short}-{label}.tar"
-        if not archive.exists():
-            archive.parent.mkdir(parents=True, exist_ok=True)
-            for outdated in archive.parent.glob(f"*-{label}.tar"):
-                outdated.unlink()
-            unfinished = archive.with_suffix(".unfinished")
-            unfinished.unlink(missing_ok=True)
-            self._run("push", image_id, f"docker-archive:{unfinished}:{name}")
-            unfinished.rename(archive)
-        return Image(name, short, archive)
+        return self._folder / "archives" / f"{label}-{content}.tar"
+
+    def _push(self, source: str, image: Image) -> None:
+        """Write the archive of an image, in the place of the one its name had before."""
+        if image.archive.exists():
+            return
+        folder = image.archive.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for outdated in folder.glob(image.archive.name.split("-")[0] + "-*"):
+            outdated.unlink()
+        unfinished = image.archive.with_suffix(".unfinished")
+        self._run("push", source, f"docker-archive:{unfinished}:{image.name}")
+        unfinished.rename(image.archive)
 
     def _run(self, *words: str) -> str:
         return run([*self._buildah, *words], timeout_s=BUILD_TIMEOUT_S)
@@ -147,19 +180,12 @@ class ImageStore:
             yield
 
 
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-
 def cluster_images(store: ImageStore, toolchain: Toolchain) -> list[Image]:
     """What every node needs before the first pod: the pause program and the cluster's DNS."""
     return [
         store.build_program(toolchain.path("pause"), PAUSE),
         store.build_program(toolchain.path("coredns"), COREDNS),
     ]
-
-
-PAUSE = "docker.io/hbm-partition/pause:e2e"
-COREDNS = "docker.io/hbm-partition/coredns:e2e"
 
 
 def _ca_bundle() -> str:

@@ -94,6 +94,14 @@ class Kubectl:
         """Until a rollout such as `deployment/web` is complete."""
         self("rollout", "status", workload, f"--timeout={timeout_s:g}s", timeout_s=timeout_s + 10)
 
+    def wait_for_service_account(self, name: str = "default") -> None:
+        """Until the namespace has its service account: pods are refused before."""
+        wait_for(
+            lambda: self("get", "serviceaccount", name, "--ignore-not-found"),
+            60,
+            f"service account {name} in {self._namespace}",
+        )
+
     def wait_gone(self, *words: str, timeout_s: float = 60) -> None:
         """Until `kubectl get WORDS` lists nothing."""
         wait_for(

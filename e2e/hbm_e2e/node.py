@@ -111,7 +111,7 @@ class Node:
     def start_containerd(self) -> None:
         self.containerd.start(enter=self.enter, forks=True)
         wait_for(
-            lambda: Path(f"/proc/{self.holder.pid}/root/run/containerd/containerd.sock").exists(),
+            self._containerd_answers,
             20,
             f"containerd of {self.name}",
             because=self.containerd.last_words,
@@ -159,6 +159,13 @@ class Node:
                 self.run("ctr", "--namespace", "k8s.io", "images", "import", archive, timeout_s=900)
                 known[image.name] = image.id
                 self._imported.write_text(json.dumps(known, indent=1))
+
+    def _containerd_answers(self) -> bool:
+        try:
+            self.run("ctr", "version", timeout_s=10)
+        except HarnessError:
+            return False
+        return True
 
     def _daemon(self, name: str, command: list[str | Path]) -> Daemon:
         return Daemon(f"{self.name}-{name}", command, self._plane.folder)
