@@ -14,6 +14,7 @@ _SHORT_HELP = {
     "bench": "Benchmarks: each number of the documentation, with its reference beside it.",
     "demo": "The whole system on this machine, under load, in a few minutes.",
     "explain": "Why the sidecar took its last decisions.",
+    "operator": "The Kubernetes operator: controller, webhook, custom resources.",
     "plan": "What a pool of a given size holds, before anything starts.",
     "router": "Ingress router: sends each user to the pod that holds them.",
     "serve": "Reference model server over one pool for rows and KV pages.",
