@@ -14,6 +14,8 @@ _READY_S = 180.0
 """Compiling the kernels for the first time on a slow machine included."""
 _TICK_MS = 200
 """So often that the decisions of one arm suffice for a P99."""
+_MOVES = ("--slew-per-s", "0.2", "--move-fraction", "1", "--dwell-accesses-per-slot", "0.4")
+"""A regime lasts 35 s here, not the quarter of an hour that the default moves are made for."""
 _NAMESPACE = "demo"
 _HOST = "127.0.0.1"
 
@@ -106,7 +108,7 @@ def start_system(
         command = [*hbm, "sidecar", "--run-dir", str(node.run_dir), "--node", node.name]
         command += ["--node-url", node.url, "--namespace", _NAMESPACE, "--redis-url", redis_url]
         command += ["--mode", arm.mode, "--tick-ms", str(_TICK_MS), "--port", "0"]
-        command += ["--refill-bytes-per-s", str(refill_bytes_per_s)]
+        command += ["--refill-bytes-per-s", str(refill_bytes_per_s), *_MOVES]
         command += ["--ready-file", str(node.run_dir / "sidecar.json")]
         if arm.mode == "fixed":
             command += ["--alpha-fixed", str(ALPHA_START)]
