@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import textwrap
 
 import pytest
 from hbm_cli.main import main
@@ -78,3 +80,24 @@ def test_a_commands_own_exit_code_is_kept(hbm) -> None:
     code, _, err = hbm("plan")
     assert code == 2
     assert err.startswith("hbm plan: give either")
+
+
+def test_ctrl_c_in_a_command_ends_it_with_130_and_no_traceback() -> None:
+    """The signal comes once the command has been loaded and works."""
+    code = """
+        import os, signal, sys, threading, time
+        from hbm_cli.main import main
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        def interrupt():
+            while "hbm_sim.sweep" not in sys.modules:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Thread(target=interrupt, daemon=True).start()
+        sys.argv = ["hbm", "sweep", "--scenario", "demo", "--nodes", "2"]
+        main()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
