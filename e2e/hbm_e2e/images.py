@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hbm_e2e import dockerfile as stages
 from hbm_e2e.kubectl import run
 from hbm_e2e.places import PACKAGE_ROOT, cache_dir
 from hbm_e2e.toolchain import Toolchain
@@ -82,7 +83,15 @@ class ImageStore:
             "PIP_CACHE_DIR": PIP_CACHE_INSIDE,
             **(arguments or {}),
         }
-        with self._exclusive(), tempfile.NamedTemporaryFile("r") as image_id:
+        with (
+            self._exclusive(),
+            tempfile.NamedTemporaryFile("r") as image_id,
+            tempfile.NamedTemporaryFile("w") as pruned,
+        ):
+            text = dockerfile.read_text()
+            pruned.write(stages.only(text, target) if target else text)
+            pruned.flush()
+            self._run("rm", "--all")  # working containers of a build that was interrupted
             self._import_base()
             self._run(
                 *("build", "--isolation=chroot", "--network=host", "--pull-never", "--layers"),
@@ -90,7 +99,7 @@ class ImageStore:
                 f"--volume={pip_cache}:{PIP_CACHE_INSIDE}",
                 *(f"--build-arg={key}={value}" for key, value in all_arguments.items()),
                 *([f"--target={target}"] if target else []),
-                *("--tag", name, "--iidfile", image_id.name, "--file", str(dockerfile)),
+                *("--tag", name, "--iidfile", image_id.name, "--file", pruned.name),
                 str(context),
             )
             built = image_id.read().strip()
