@@ -1,18 +1,15 @@
-"""Server and sidecar over their two files: restarts, other users, kills, two real processes."""
+"""Server and sidecar over their two files: records, restarts, damage."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import random
-import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import pytest
@@ -20,7 +17,6 @@ from hbm_pool.contracts import control_block
 from hbm_pool.contracts.control_block import (
     SERVER_LAYOUT,
     SIDECAR_LAYOUT,
-    ControlBlockError,
     ControlBlockMismatch,
     ControlBlockMissing,
     ServerBlock,
@@ -28,51 +24,19 @@ from hbm_pool.contracts.control_block import (
     SidecarBlock,
     SidecarView,
     age_s,
-    decode_info,
-    encode_info,
 )
 from hbm_pool.contracts.records import (
     ABI_VERSION,
     COMMAND,
     CURVES,
     INTENT,
-    TELEMETRY,
-    RequestSample,
     ResidencySnapshot,
-    RowClass,
     ServerInfo,
-    TableMap,
     UserCached,
     UserEvicted,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-PATH = Path("server.cb")
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can run as two other users")
-FOR_ANY_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-# Fields that `publish_telemetry` fills itself.
-STAMPED = ("monotonic_ns", "boot_epoch", "residency_sequence", "requests_lost")
-PLAIN = np.ones(TELEMETRY.itemsize // 8, dtype=bool)
-for _name in STAMPED:
-    PLAIN[TELEMETRY.fields[_name][1] // 8] = False  # type: ignore[index]
-
-
-def _publish(block: ServerBlock, number: int) -> None:
-    block.telemetry.reshape(1).view(np.uint64)[PLAIN] = number
-    block.publish_telemetry()
-
-
-def _number(record: Any) -> int:
-    words = record.reshape(1).view(np.uint64)[PLAIN]
-    assert (words == words[0]).all(), "a torn record"
-    return int(words[0])
-
-
-def _telemetry() -> Any:
-    return np.zeros((), TELEMETRY)
-
+from tests.hbm_pool.contracts.telemetry_records import STAMPED, empty_telemetry, number_of, publish
 
 # Server to sidecar.
 
@@ -84,7 +48,7 @@ def test_what_the_server_says_is_read(
     view = ServerView.open(run_dir)
     assert view.info == info
     assert view.boot_epoch == block.boot_epoch
-    into = _telemetry()
+    into = empty_telemetry()
     assert not view.read_telemetry(into)
     assert view.telemetry_age_s() == math.inf
     block.telemetry["alpha"] = 0.375
@@ -132,19 +96,19 @@ def test_residency_goes_on_behind_a_snapshot(run_dir: Path, info: ServerInfo) ->
 
 def test_after_close_nothing_is_written(run_dir: Path, info: ServerInfo, make_sample: Any) -> None:
     block = ServerBlock.create(run_dir, info)
-    _publish(block, 5)
+    publish(block, 5)
     block.push_user_cached(1, 64)
     block.close()
     block.close()
-    _publish(block, 6)
+    publish(block, 6)
     assert not block.push_request(make_sample(1))
     block.lose_requests(3)
     empty = np.zeros(0, np.uint32)
     assert list(block.write_snapshot(ResidencySnapshot(0, 1, empty, empty, empty))) == []
     assert (block.push_user_cached(2, 64), block.push_user_evicted(1)) == (1, 1)
-    view, into = ServerView.open(run_dir), _telemetry()
+    view, into = ServerView.open(run_dir), empty_telemetry()
     assert view.read_telemetry(into)
-    assert _number(into) == 5
+    assert number_of(into) == 5
     assert view.read_requests(9) == ([], 0)
     assert view.read_residency() == ([UserCached(1, 1, 64)], False)
     assert view.read_snapshot() is None
@@ -163,85 +127,6 @@ def test_independent_readers_lose_nothing_to_each_other(
 
 
 # The description of the server.
-
-
-def test_a_description_comes_back_whatever_its_slo(info: ServerInfo) -> None:
-    for each in (info, dataclasses.replace(info, slo_ms=math.inf)):
-        assert decode_info(encode_info(each) + bytes(100), PATH) == each
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"extents": 0}, "extents is 0"),
-        ({"extents": 1 << 20}, "use larger extents"),
-        ({"page_tokens": -1}, "page_tokens is -1"),
-        ({"sample_rate": 0.0}, "sample_rate is 0.0"),
-        ({"sample_rate": math.nan}, "sample_rate is nan"),
-        ({"alpha_min": 0.9, "alpha_max": 0.1}, "alpha_min 0.9 and alpha_max 0.1"),
-        ({"alpha_max": 1.5}, "alpha_max 1.5"),
-        ({"slo_ms": 0.0}, "slo_ms is 0.0"),
-        ({"tables": (TableMap("t", 0, 0, False),)}, "class 1 names tables"),
-        ({"tables": (TableMap("t", 5, 2, False),) * 2}, "table t has 5 rows in class 2"),
-        ({"classes": (RowClass(1, 1, 1, ()),) * 5}, "5 row-width classes"),
-        ({"classes": (RowClass(0, 1, 1, ()),)}, "class 0 has 0 bytes"),
-        ({"versions": {"x": "y" * 70_000}}, "has room for 65528"),
-    ],
-)
-def test_a_description_no_reader_would_accept_is_not_published(
-    run_dir: Path, info: ServerInfo, changes: dict[str, Any], named: str
-) -> None:
-    with pytest.raises(ControlBlockError, match=named):
-        ServerBlock.create(run_dir, dataclasses.replace(info, **changes))
-    assert os.listdir(run_dir) == []
-
-
-@FOR_ANY_FIXTURE
-@given(at=st.integers(0, 600), noise=st.binary(min_size=1, max_size=20))
-def test_a_damaged_description_is_refused(info: ServerInfo, at: int, noise: bytes) -> None:
-    raw = bytearray(encode_info(info))
-    at %= len(raw)
-    before = bytes(raw)
-    raw[at : at + len(noise)] = noise
-    if bytes(raw[: len(before)]) != before:
-        with pytest.raises(ControlBlockMismatch, match="description"):
-            decode_info(bytes(raw), PATH)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-
-
-def _described(text: bytes) -> bytes:
-    return crc32(text).to_bytes(4, "little") + len(text).to_bytes(4, "little") + text
-
-
-@given(st.binary(min_size=8, max_size=200))
-def test_foreign_bytes_are_no_description(raw: bytes) -> None:
-    for each in (raw, _described(raw)):
-        with pytest.raises(ControlBlockMismatch, match="description"):
-            decode_info(each, PATH)
-
-
-@FOR_ANY_FIXTURE
-@given(name=st.sampled_from([field.name for field in dataclasses.fields(ServerInfo)]), value=JSON)
-def test_a_description_with_any_value_in_a_field_is_read_or_refused(
-    info: ServerInfo, name: str, value: Any
-) -> None:
-    text = json.dumps({**dataclasses.asdict(info), name: value, "later": 1}).encode()
-    try:
-        found = decode_info(_described(text), PATH)
-    except ControlBlockMismatch:
-        return
-    assert encode_info(found)
-
-
-# Sidecar to server.
 
 
 def test_what_the_sidecar_says_is_read(run_dir: Path) -> None:
@@ -361,8 +246,8 @@ def test_a_restarted_server_is_a_new_boot(
     run_dir: Path, info: ServerInfo, make_sample: Any
 ) -> None:
     first = ServerBlock.create(run_dir, info)
-    view, into = ServerView.open(run_dir), _telemetry()
-    _publish(first, 4)
+    view, into = ServerView.open(run_dir), empty_telemetry()
+    publish(first, 4)
     for number in range(10):
         first.push_request(make_sample(number))
         first.push_user_cached(number, 64)
@@ -379,7 +264,7 @@ def test_a_restarted_server_is_a_new_boot(
     assert not view.refresh()
     assert (view.boot_epoch, view.info.node) == (second.boot_epoch, "other")
     assert not view.read_telemetry(into)
-    assert _number(into) == 4
+    assert number_of(into) == 4
     assert view.telemetry_age_s() == math.inf
     second.push_request(make_sample(99))
     samples, lost = view.read_requests(10)
@@ -387,9 +272,9 @@ def test_a_restarted_server_is_a_new_boot(
     assert view.read_residency() == ([], False)
     second.push_user_cached(5, 64)
     assert view.read_residency() == ([UserCached(1, 5, 64)], False)
-    _publish(second, 8)
+    publish(second, 8)
     assert view.read_telemetry(into)
-    assert (_number(into), into["boot_epoch"]) == (8, second.boot_epoch)
+    assert (number_of(into), into["boot_epoch"]) == (8, second.boot_epoch)
 
 
 def test_a_command_names_the_boot_it_is_for(run_dir: Path, info: ServerInfo) -> None:
@@ -416,16 +301,16 @@ def test_either_side_may_start_first(run_dir: Path, info: ServerInfo, server_fir
             ServerView.open(run_dir)
         server = ServerBlock.create(run_dir, info)
     from_server, from_sidecar = ServerView.open(run_dir), SidecarView.open(run_dir)
-    telemetry, command = _telemetry(), np.zeros((), COMMAND)
+    telemetry, command = empty_telemetry(), np.zeros((), COMMAND)
     for number in range(1, 4):  # each side restarts in turn, the other one follows
-        _publish(server, number)
+        publish(server, number)
         sidecar.command["generation"] = number
         sidecar.write_command(sidecar.command)
         from_server.refresh()
         from_sidecar.refresh()
         assert from_server.read_telemetry(telemetry)
         assert from_sidecar.read_command(command)
-        assert (_number(telemetry), command["generation"]) == (number, number)
+        assert (number_of(telemetry), command["generation"]) == (number, number)
         if number % 2 == server_first:
             server = ServerBlock.create(run_dir, info)
         else:
@@ -437,25 +322,28 @@ def test_a_file_that_vanishes_or_speaks_another_version_leaves_the_last_good(
     run_dir: Path, info: ServerInfo
 ) -> None:
     block = ServerBlock.create(run_dir, info)
-    _publish(block, 6)
-    view, into = ServerView.open(run_dir), _telemetry()
+    publish(block, 6)
+    view, into = ServerView.open(run_dir), empty_telemetry()
     path = run_dir / "server.cb"
     path.rename(run_dir / "aside")
     assert not view.refresh()
     assert view.read_telemetry(into)
-    assert _number(into) == 6
+    assert number_of(into) == 6
     newer = bytearray(SERVER_LAYOUT.file_bytes)
     header = SERVER_LAYOUT.header(3, ABI_VERSION + 1)
     newer[: len(header)] = header
     path.write_bytes(newer)
     for _ in range(2):
-        with pytest.raises(ControlBlockMismatch, match="version 2, this program speaks 1"):
+        with pytest.raises(
+            ControlBlockMismatch,
+            match=f"version {ABI_VERSION + 1}, this program speaks {ABI_VERSION}",
+        ):
             view.refresh()
     with pytest.raises(ControlBlockMismatch, match="run the same release"):
         ServerView.open(run_dir)
-    _publish(block, 7)
+    publish(block, 7)
     assert view.read_telemetry(into)
-    assert _number(into) == 7
+    assert number_of(into) == 7
     assert view.boot_epoch == block.boot_epoch
     ServerBlock.create(run_dir, info)
     assert view.refresh()
@@ -467,9 +355,9 @@ def test_noise_in_a_region_is_survived_by_all_reads(
 ) -> None:
     noise = random.Random(region)
     block = ServerBlock.create(run_dir, info)
-    into = _telemetry()
+    into = empty_telemetry()
     for _ in range(8):
-        _publish(block, 3)
+        publish(block, 3)
         for number in range(20):
             block.push_request(make_sample(number))
             block.push_user_cached(number, 1)
@@ -479,7 +367,7 @@ def test_noise_in_a_region_is_survived_by_all_reads(
             file.write(noise.randbytes(min(place.stop - place.start, 100_000)))
         view = ServerView.open(run_dir)
         if view.read_telemetry(into):
-            assert _number(into) == 3
+            assert number_of(into) == 3
         samples, lost = view.read_requests(1000)
         assert lost >= 0
         for sample in samples:
@@ -491,203 +379,6 @@ def test_noise_in_a_region_is_survived_by_all_reads(
 
 
 # Other processes.
-
-
-@needs_root
-def test_each_user_reads_the_other_file_and_writes_its_own_only(
-    run_dir: Path, info: ServerInfo, fork: Callable[..., Any]
-) -> None:
-    server_uid, sidecar_uid = 1000, 65532
-
-    def make_server() -> None:
-        os.umask(0o077)
-        _publish(ServerBlock.create(run_dir, info), 11)
-
-    def make_sidecar() -> None:
-        os.umask(0o077)
-        block = SidecarBlock.create(run_dir)
-        block.command["generation"] = 12
-        block.write_command(block.command)
-        assert SidecarBlock.open(run_dir).command["generation"] == 12
-
-    def read_server() -> None:
-        into = _telemetry()
-        assert ServerView.open(run_dir).read_telemetry(into)
-        assert _number(into) == 11
-        for mode in (os.O_RDWR, os.O_WRONLY):
-            with pytest.raises(PermissionError):
-                os.open(run_dir / "server.cb", mode)
-
-    def read_sidecar() -> None:
-        into = np.zeros((), COMMAND)
-        view = SidecarView.open(run_dir)
-        assert view.read_command(into)
-        assert into["generation"] == 12
-        with pytest.raises(ControlBlockError, match="Permission denied"):
-            SidecarBlock.open(run_dir)
-
-    assert fork(make_server, server_uid).wait() == 0
-    assert fork(make_sidecar, sidecar_uid).wait() == 0
-    assert fork(read_server, sidecar_uid).wait() == 0
-    assert fork(read_sidecar, server_uid).wait() == 0
-    for name, uid in (("server.cb", server_uid), ("sidecar.cb", sidecar_uid)):
-        status = (run_dir / name).stat()
-        assert (status.st_uid, stat.S_IMODE(status.st_mode)) == (uid, 0o644)
-
-
-@needs_root
-def test_a_directory_of_another_user_is_named(
-    run_dir: Path, info: ServerInfo, fork: Callable[..., Any]
-) -> None:
-    run_dir.chmod(0o755)
-
-    def body() -> None:
-        with pytest.raises(ControlBlockError, match="Permission denied; the run directory must"):
-            ServerBlock.create(run_dir, info)
-
-    assert fork(body, 65532).wait() == 0
-
-
-def _serve(directory: Path, info: ServerInfo, make_sample: Callable[..., RequestSample]) -> None:
-    """A server that writes all its regions without pause until it is killed."""
-    block = ServerBlock.create(directory, info)
-    number = 0
-    while True:
-        block.push_request(make_sample(number, number % 30))
-        block.push_user_cached(number, number % 1000 + 1)
-        number += 1
-        _publish(block, number)
-        if number % 50 == 0:
-            users = np.arange(number % 997, dtype=np.int64)
-            tokens = np.full(len(users), number, np.uint32)
-            snapshot = ResidencySnapshot(0, number, users, tokens, tokens[:10])
-            for _ in block.write_snapshot(snapshot, 100):
-                pass
-
-
-def test_a_killed_server_leaves_whole_records_at_any_instant(
-    run_dir: Path,
-    info: ServerInfo,
-    make_sample: Any,
-    same_sample: Any,
-    fork: Callable[..., Any],
-    wait_until: Callable[..., Any],
-) -> None:
-    instants = random.Random(5)
-    view: ServerView | None = None
-    into = _telemetry()
-    seen_epochs = set()
-    for _ in range(25):
-        server = fork(lambda: _serve(run_dir, info, make_sample))
-        if view is None:
-            wait_until((run_dir / "server.cb").exists, "server.cb")
-            view = ServerView.open(run_dir)
-        else:
-            wait_until(view.refresh, "the file of the restarted server")
-        seen_epochs.add(view.boot_epoch)
-        target = instants.randrange(1, 400)
-        while not (view.read_telemetry(into) and _number(into) >= target):
-            assert server.alive()
-        for _ in range(instants.randrange(2000)):
-            pass
-        server.kill()
-        assert view.read_telemetry(into)
-        number = _number(into)
-        assert number >= target
-        samples, lost = view.read_requests(100_000)
-        assert len(samples) + lost in (number, number + 1)  # it may have died before publishing
-        for sample in samples:
-            written = sample.user + (1 << 62)
-            assert same_sample(sample, make_sample(written, written % 30))
-        events, _ = view.read_residency()
-        for event in events:
-            assert event == UserCached(event.sequence, event.sequence - 1, event.user % 1000 + 1)
-        snapshot = view.read_snapshot()
-        assert number == 50 or (snapshot is not None) == (number > 50)
-        if snapshot is not None:
-            assert len(snapshot.users) == snapshot.sequence % 997
-            assert (snapshot.tokens == snapshot.sequence).all()
-        # A reader that comes later finds the same.
-        assert ServerView.open(run_dir).read_telemetry(into)
-        assert _number(into) == number
-    assert len(seen_epochs) == 25
-
-
-def test_no_torn_record_in_100_000_reads_beside_a_writer(
-    run_dir: Path,
-    info: ServerInfo,
-    fork: Callable[..., Any],
-    wait_until: Callable[..., Any],
-) -> None:
-    block = ServerBlock.create(run_dir, info)
-
-    def write() -> None:
-        number = 0
-        while True:
-            number += 1
-            _publish(block, number)
-
-    writer = fork(write)
-    view, into = ServerView.open(run_dir), _telemetry()
-    wait_until(lambda: view.read_telemetry(into), "telemetry")
-    reads, newest, changes = 0, 0, 0
-    while reads < 100_000 or changes < 100:
-        if view.read_telemetry(into):
-            reads += 1
-            number = _number(into)
-            assert number >= newest
-            changes += number != newest
-            newest = number
-    writer.kill()
-
-
-def test_every_request_and_event_of_a_writer_is_read_or_counted(
-    run_dir: Path,
-    info: ServerInfo,
-    make_sample: Any,
-    same_sample: Any,
-    fork: Callable[..., Any],
-    wait_until: Callable[..., Any],
-) -> None:
-    total = 60_000
-    block = ServerBlock.create(run_dir, info)
-
-    def write() -> None:
-        for number in range(total):
-            block.push_request(make_sample(number, number % 50))
-            block.push_user_cached(number, 1)
-
-    view = ServerView.open(run_dir)
-    writer = fork(write)
-    place, read = 0, 0
-    sequence, gaps = 0, 0
-
-    def follow() -> bool:
-        nonlocal place, read, sequence, gaps
-        samples, lost = view.read_requests(500)
-        for sample in samples[:: max(1, len(samples) // 20)]:
-            number = sample.user + (1 << 62)
-            assert same_sample(sample, make_sample(number, number % 50))
-        if not lost:
-            assert [sample.user + (1 << 62) for sample in samples] == list(
-                range(place, place + len(samples))
-            )
-        place += len(samples) + lost
-        read += len(samples)
-        events, gap = view.read_residency()
-        assert [event.sequence for event in events] == list(
-            range(sequence + 1, sequence + 1 + len(events))
-        )
-        sequence += len(events)
-        assert all(event.user == event.sequence - 1 for event in events)
-        gaps += gap
-        return place == total and (gap or sequence == total)
-
-    wait_until(follow, "every sample and event")
-    assert writer.wait() == 0
-    assert gaps == 0  # the ring holds more events than this
-    assert read > 0
-    assert view.read_requests(10) == ([], 0)
 
 
 def test_the_public_names_are_those_of_the_contract() -> None:
