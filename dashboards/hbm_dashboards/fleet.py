@@ -223,3 +223,113 @@ def _pods(board: Dashboard) -> None:
 
 def _operator(board: Dashboard) -> None:
     board.with_row(Row("Operator"))
+    board.with_panel(
+        graph(
+            "Partitions",
+            "How many partitions have each condition in each status. Ready and Applied should be "
+            "True, Degraded False.",
+            COUNT,
+            Query(
+                "sum by (condition, status) (hbm_operator_partitions)", "{{condition}}={{status}}"
+            ),
+            span=THIRD,
+        )
+    )
+    board.with_panel(
+        graph(
+            "What is wrong",
+            "Degraded partitions by reason, and pods that ask for the sidecar and run without it.",
+            COUNT,
+            Query(
+                "sum by (reason) (hbm_operator_partitions_degraded) or "
+                'label_replace(vector(0), "reason", "none", "", "")',
+                "degraded {{reason}}",
+            ),
+            Query(
+                "sum by (reason) (hbm_operator_not_injected_pods) or "
+                'label_replace(vector(0), "reason", "none", "", "")',
+                "not injected {{reason}}",
+            ),
+            levels=Levels(1, 10),
+            span=THIRD,
+        )
+    )
+    board.with_panel(
+        graph(
+            "Admissions",
+            "Pods by what the webhook did with them, per second.",
+            EVENTS,
+            Query(
+                rates_or_none("hbm_webhook_injections_total", _PODS, "result"),
+                "{{result}}",
+            ),
+            stacked=True,
+            span=THIRD,
+        )
+    )
+    board.with_panel(
+        graph(
+            "Reconciles",
+            "Looks of the controller at one object by result, and objects that wait for one.",
+            EVENTS,
+            Query(rates("hbm_operator_reconcile_total", "", "result"), "{{result}}"),
+            Query("sum(hbm_operator_queue_depth)", "waiting"),
+            span=THIRD,
+        )
+    )
+    board.with_panel(
+        graph(
+            "Latency of the operator",
+            "99th percentiles: one look of the controller, one of its requests, one admission.",
+            SECONDS,
+            Query(quantile(0.99, "hbm_operator_reconcile_duration_seconds", ""), "reconcile"),
+            Query(quantile(0.99, "hbm_operator_api_request_duration_seconds", ""), "API request"),
+            Query(quantile(0.99, "hbm_webhook_request_duration_seconds", ""), "admission"),
+            levels=Levels(0.5, 2),
+            span=THIRD,
+        )
+    )
+    board.with_panel(
+        graph(
+            "API requests",
+            "Requests of the controller to the API server by status; 0: no answer. 429: it is "
+            "asked to wait.",
+            PER_SECOND,
+            Query(rates("hbm_operator_api_requests_total", "", "code"), "{{code}}"),
+            stacked=True,
+            span=THIRD,
+        )
+    )
+    board.with_panel(
+        graph(
+            "Silence of watches",
+            "Since each watch of the controller last heard something, bookmarks included. Its "
+            "probes fail from 180 s on.",
+            SECONDS,
+            Query(
+                "time() - max by (resource) (hbm_operator_watch_last_event_timestamp_seconds)",
+                "{{resource}}",
+            ),
+            levels=Levels(90, 180),
+            span=THIRD,
+        )
+    )
+    board.with_panel(
+        graph(
+            "Certificate of the webhook",
+            "Time left of the certificate that is served, the least of all replicas.",
+            SECONDS,
+            Query("min(hbm_webhook_certificate_expiry_timestamp_seconds) - time()", "left"),
+            levels=Levels(30 * 86_400, 7 * 86_400, worse_above=False),
+            span=THIRD,
+        )
+    )
+    board.with_panel(
+        graph(
+            "Events",
+            "Kubernetes events of the controller by result. Repeated ones are told once an hour.",
+            EVENTS,
+            Query(rates_or_none("hbm_operator_events_total", "", "result"), "{{result}}"),
+            span=THIRD,
+        )
+    )
