@@ -29,3 +29,16 @@ def configure_logs(level: str) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+
+
+class _Forwarding(logging.Handler):
+    """Log records of a library as events of ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log = structlog.get_logger().bind(logger=record.name)
+        log.log(record.levelno, record.getMessage(), exc_info=record.exc_info)
+
+
+def adopt_library_logs(level: int = logging.WARNING) -> None:
+    """What libraries have to say, from `level` on, in the same form as our own logs."""
+    logging.basicConfig(handlers=[_Forwarding()], level=level, force=True)
