@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,27 +15,13 @@ from hbm_pool.errors import RowStoreError
 from hbm_pool.host.config import TableSpec
 from hbm_pool.host.fences import Lane
 
+from tests.hbm_pool.device.emb_world import EmbWorld
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DEADLINE_S = 60.0
-
-
-def _beside(name: str) -> Any:
-    """A module of this folder (tests are imported by file, not as packages)."""
-    full = f"hbm_pool_tests_{name}"
-    if full not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[full] = module
-        spec.loader.exec_module(module)
-    return sys.modules[full]
-
-
-EmbWorld = _beside("emb_world").EmbWorld
 
 
 @pytest.fixture(params=["host", "device"])

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,21 +14,8 @@ from hbm_pool.device.refill import BURST_S, COPY_BYTES, FAULT_S, LOOK_S, YIELD_S
 from hbm_pool.host.config import TableSpec
 from hbm_pool.host.link import LinkModel
 
+from tests.hbm_pool.device.emb_world import EmbWorld
 
-def _beside(name: str) -> Any:
-    """A module of this folder (tests are imported by file, not as packages)."""
-    full = f"hbm_pool_tests_{name}"
-    if full not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[full] = module
-        spec.loader.exec_module(module)
-    return sys.modules[full]
-
-
-EmbWorld = _beside("emb_world").EmbWorld
 DEADLINE_S = 60.0
 ROW_BYTES = 64
 
