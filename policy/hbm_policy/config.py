@@ -14,7 +14,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 _MAX_MS: Final = 3.6e6
-"""No time of the decision is longer than an hour."""
+"""An hour: ages and ticks are never longer."""
 
 
 class AnchorConfig(BaseModel):
@@ -47,7 +47,7 @@ class MoveConfig(BaseModel):
     """Speed of a move in α per second."""
     min_change: Share = 0.02
     """No move starts while α is this close to the anchor. 0: any distance."""
-    dwell_ms: Annotated[NonNegative, Field(le=_MAX_MS)] = 1000.0
+    dwell_ms: Annotated[NonNegative, Field(le=24 * _MAX_MS)] = 1000.0
     """Least time between moves, whatever the traffic. 0: accesses alone count."""
 
 

@@ -8,26 +8,29 @@ parts leaves the others running.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import math
 import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
-import uvicorn
-from fastapi import FastAPI
+from hbm_kube.config import KubeConfig
+from hbm_kube.errors import KubeConfigError
+from hbm_kube.redis_secret import RedisSecret
 from hbm_policy import MoveConfig
 from hbm_pool.contracts import digest as codec
 from hbm_pool.contracts.records import COMMAND, INTENT
 
 from hbm_sidecar.api import PartitionAnswer, control_app, public_app
-from hbm_sidecar.config import ADMIN_SOCKET, SidecarConfig
-from hbm_sidecar.explain import explain_view
+from hbm_sidecar.cluster import ClusterPartition
+from hbm_sidecar.cluster_link import ClusterLink, KubeMetrics
+from hbm_sidecar.cluster_status import REPORT_S, last_decision, measured, sidecar
+from hbm_sidecar.config import SidecarConfig
+from hbm_sidecar.explain import explain_view, explained, wall_offset_ns
+from hbm_sidecar.http_servers import http_server, serve_control
 from hbm_sidecar.log import configure
 from hbm_sidecar.metrics import SidecarMetrics
 from hbm_sidecar.node_state import RateWindow, node_state
@@ -43,10 +46,8 @@ from hbm_sidecar.partition import (
     new_intent,
 )
 from hbm_sidecar.publisher import Beat, Publisher
+from hbm_sidecar.redis_link import RedisLink
 from hbm_sidecar.supervisor import ADMIN_FD
-
-SOCKET_LOOK_S: Final = 0.5
-"""How often it looks whether its unix socket is still there."""
 
 
 class Admin:
@@ -56,13 +57,11 @@ class Admin:
         self.config = config
         self.prometheus = SidecarMetrics()
         self.observer = Observer(config.run_dir, config.stale_ms / 1e3, self.prometheus, log)
-        self.source: PartitionSource = (
-            LocalPartition(config.partition(), config.run_dir)
-            if config.policy_file is None
-            else DeclaredPartition(config.partition(), config.policy_file)
-        )
         self._log = log
         self._window = RateWindow()
+        self._report_window = RateWindow(REPORT_S)
+        self.cluster: ClusterLink | None = None
+        self.source = self._make_source()
         self._intent = new_intent()
         self._generation = 0
         self._intent_due = True
@@ -75,18 +74,14 @@ class Admin:
         self._digest_version = -1
         self._digest_fault: codec.DigestReason | None = None
         self._digest_age = 0
-        self.publisher: Publisher | None = None
-        if config.redis_url:
-            self.publisher = Publisher(
-                config.redis_url,
-                config.namespace,
-                config.node,
-                config.heartbeat_ms / 1e3,
-                config.ttl_heartbeats * config.heartbeat_ms / 1e3,
-                self.beat,
-                self.prometheus,
-                log,
-            )
+        file = config.redis_url_file
+        self.redis = RedisLink(
+            config.redis_url,
+            None if file is None else RedisSecret(file),
+            self._publisher,
+            self.prometheus,
+            log,
+        )
 
     # -- tasks -----------------------------------------------------------------------------------
 
@@ -95,6 +90,7 @@ class Admin:
         while True:
             self.observer.look(self.config.snapshot_refresh_s)
             self._window.add(self.observer.telemetry)
+            self._report_window.add(self.observer.telemetry)
             if self.source.poll():
                 self._intent_due = True
             block = self.observer.block
@@ -122,7 +118,7 @@ class Admin:
             observer.server.info,
             self._window.rates,
             name=self.config.node,
-            url=self.config.node_url,
+            url=self.config.address,
             sequence=self._sequence,
             unix_ms=time.time_ns() // 1_000_000,
             digest_sequence=self._digest_sequence,
@@ -203,7 +199,7 @@ class Admin:
         info = observer.server.info if observer.server is not None else None
         command = np.zeros((), dtype=COMMAND)
         has_command = observer.sidecar is not None and observer.sidecar.read_command(command)
-        publisher = self.publisher
+        publisher = self.redis.publisher
         return {
             "node": self.config.node,
             "namespace": self.config.namespace,
@@ -226,9 +222,9 @@ class Admin:
                 "snapshots": mirror.snapshots,
             },
             "redis": {
-                "configured": publisher is not None,
+                "configured": self.redis.wanted,
                 "up": publisher is not None and publisher.up,
-                "error": publisher.last_error if publisher else "",
+                "error": publisher.last_error if publisher else self.redis.problem,
                 "digest_bytes": len(self._digest),
             },
             "children": observer.children(),
@@ -236,6 +232,80 @@ class Admin:
         }
 
     # -- internals -------------------------------------------------------------------------------
+
+    def _make_source(self) -> PartitionSource:
+        config, started = self.config, self.config.partition()
+        if config.policy_file is not None:
+            return DeclaredPartition(started, config.policy_file)
+        if config.kube_token_dir is None:
+            return LocalPartition(started, config.run_dir)
+        source = ClusterPartition(
+            started,
+            config.namespace,
+            config.pod_name,
+            config.pod_uid,
+            config.policies_dir,
+            config.run_dir,
+        )
+        try:
+            kube = KubeConfig.in_cluster(config.kube_token_dir)
+        except KubeConfigError as error:
+            self._log.error("the Kubernetes API cannot be asked: α is held", why=str(error))
+            return source
+        self.cluster = ClusterLink(
+            source,
+            kube,
+            KubeMetrics(self.prometheus.registry),
+            changed=self._wish_may_have_changed,
+            server_age_s=self.observer.telemetry_age_s,
+            followed_ns=self._followed_ns,
+            values=self._measured,
+            log=self._log,
+        )
+        return source
+
+    def _publisher(self, url: str) -> Publisher:
+        config = self.config
+        return Publisher(
+            url,
+            config.namespace,
+            config.node,
+            config.heartbeat_ms / 1e3,
+            config.ttl_heartbeats * config.heartbeat_ms / 1e3,
+            self.beat,
+            self.prometheus,
+            self._log,
+        )
+
+    def _wish_may_have_changed(self) -> None:
+        """Tell decide at once: it reads the wish right before its next tick."""
+        if self.source.poll():
+            self._write_intent()
+
+    def _followed_ns(self) -> int:
+        """When the first decision under the wish in force was taken; 0: none has been."""
+        observer = self.observer
+        if self._intent_due or observer.intent_generation < self._generation:
+            return 0
+        return observer.intent_followed_ns
+
+    def _measured(self) -> dict[str, Any]:
+        """What the status of a partition holds, but for the conditions."""
+        observer, rates = self.observer, self._report_window.rates
+        values = measured(
+            observer.telemetry,
+            fresh=observer.server_fresh(),
+            target=observer.target,
+            anchor=observer.anchor,
+            kv_hit_ratio=rates.kv_hit_ratio,
+            emb_hit_ratio=rates.emb_hit_ratio,
+        )
+        if observer.last_change is not None:
+            values["lastDecision"] = last_decision(
+                explained(observer.last_change, wall_offset_ns())
+            )
+        restarts = sum(int(child["restarts"]) for child in observer.children().values())
+        return values | {"sidecar": sidecar(restarts)}
 
     def _encode(self) -> bool:
         """Make the next digest; False: it cannot be, and the one before stays."""
@@ -287,23 +357,6 @@ class Admin:
         self._problem_said = problem
 
 
-class _Server(uvicorn.Server):
-    """A uvicorn server that says when it listens and leaves signals to its process."""
-
-    def __init__(self, settings: uvicorn.Config) -> None:
-        super().__init__(settings)
-        self.listening = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, then say so."""
-        await super().startup(sockets=sockets)
-        self.listening.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -332,20 +385,6 @@ def _curves_as_json(curves: np.ndarray) -> dict[str, Any]:
     return {k: v[:points] if isinstance(v, list) else v for k, v in fields.items()}
 
 
-def _control_socket(config: SidecarConfig) -> socket.socket:
-    """The unix socket of /v1: for this user and group only."""
-    path = config.admin_socket
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o117)
-    try:
-        listener.bind(str(path))
-    finally:
-        os.umask(before)
-    listener.listen(64)
-    return listener
-
-
 def _write_ready_file(config: SidecarConfig, port: int) -> None:
     """Say where the sidecar serves; `pid` is the supervisor's, which stays the same."""
     if config.ready_file is None:
@@ -356,63 +395,28 @@ def _write_ready_file(config: SidecarConfig, port: int) -> None:
     temporary.rename(config.ready_file)
 
 
-def _http_server(app: FastAPI) -> _Server:
-    return _Server(
-        uvicorn.Config(
-            app,
-            access_log=False,
-            log_level="warning",
-            lifespan="off",
-            loop="asyncio",
-            ws="none",
-            timeout_graceful_shutdown=1,
-            timeout_keep_alive=30,
-            limit_concurrency=64,
-        )
-    )
-
-
-async def _serve_control(
-    app: FastAPI, config: SidecarConfig, ready: asyncio.Event, stop: asyncio.Event, log: Any
-) -> None:
-    """/v1 on its unix socket, made anew when somebody deletes it, until `stop`."""
-    while not stop.is_set():
-        server = _http_server(app)
-        sock = _control_socket(config)
-        serving = asyncio.create_task(server.serve(sockets=[sock]))
-        await server.listening.wait()
-        ready.set()
-        while not stop.is_set() and config.admin_socket.is_socket():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), SOCKET_LOOK_S)
-        if not stop.is_set():
-            log.warning("file is gone from the run directory; it is made anew", file=ADMIN_SOCKET)
-        server.should_exit = True
-        await serving
-
-
 async def serve(config: SidecarConfig, listener: socket.socket, log: Any) -> None:
     """Run until SIGTERM, then leave Redis and return."""
     stop, control_ready = asyncio.Event(), asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     admin = Admin(config, log)
-    public = _http_server(public_app(admin))
+    public = http_server(public_app(admin))
     async with asyncio.TaskGroup() as group:
         watching = group.create_task(admin.watch())
-        beating = group.create_task(admin.publisher.run()) if admin.publisher else None
+        tasks = [watching, group.create_task(admin.redis.run())]
+        if admin.cluster is not None:
+            tasks.append(group.create_task(admin.cluster.run()))
         group.create_task(public.serve(sockets=[listener]))
-        group.create_task(_serve_control(control_app(admin), config, control_ready, stop, log))
+        group.create_task(serve_control(control_app(admin), config, control_ready, stop, log))
         await public.listening.wait()
         await control_ready.wait()
         port = listener.getsockname()[1]
         _write_ready_file(config, port)
         log.info("admin serves", host=config.host, port=port, socket=str(config.admin_socket))
         await stop.wait()
-        watching.cancel()
-        if beating is not None and admin.publisher is not None:
-            beating.cancel()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(admin.publisher.leave(), 1.0)
+        for task in tasks:
+            task.cancel()
+        await admin.redis.leave()
         public.should_exit = True
 
 

@@ -52,6 +52,20 @@ def run_sidecar(
         str | None,
         typer.Option(help="redis://, rediss:// or unix://; without it no digest. [HBM_REDIS_URL]"),
     ] = None,
+    redis_url_file: Annotated[
+        Path | None,
+        typer.Option(help="File with that URL; may come and change. [HBM_REDIS_URL_FILE]"),
+    ] = None,
+    kube_token_dir: Annotated[
+        Path | None,
+        typer.Option(help="Token of this pod: follow its HBMPartition. [HBM_KUBE_TOKEN_DIR]"),
+    ] = None,
+    pod_name: Annotated[str | None, typer.Option(help="Name of this pod. [HBM_POD_NAME]")] = None,
+    pod_uid: Annotated[str | None, typer.Option(help="Uid of this pod. [HBM_POD_UID]")] = None,
+    policies_dir: Annotated[
+        Path | None,
+        typer.Option(help="Learned policies. [HBM_POLICIES_DIR, default /etc/hbm/policies]"),
+    ] = None,
     mode: Annotated[
         str | None, typer.Option(help="auto, recommend, fixed or hold. [HBM_MODE, auto]")
     ] = None,

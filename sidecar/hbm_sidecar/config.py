@@ -41,6 +41,19 @@ class SidecarConfig(Partition, AnchorConfig, ShieldConfig, BaseSettings):
     node_url: str = Field("", description="Where the router reaches the model server.")
     namespace: str = Field("default", description="Namespace of all keys in Redis.")
     redis_url: str = Field("", description="redis://, rediss:// or unix://. Empty: no digest.")
+    redis_url_file: Path | None = Field(
+        None, description="File with that URL instead; it may come and change at any time."
+    )
+    kube_token_dir: Path | None = Field(
+        None,
+        description="Directory of token, ca.crt and namespace: follow this pod's HBMPartition; PUT "
+        "is refused while set.",
+    )
+    pod_name: str = Field("", description="Name of this pod, which is that of its HBMPartition.")
+    pod_uid: str = Field("", description="Uid of this pod; a partition of another one is ignored.")
+    policies_dir: Path = Field(
+        Path("/etc/hbm/policies"), description="Where learned policies are mounted."
+    )
     policy_file: Path | None = Field(
         None, description="JSON partition that somebody else writes; PUT is refused while set."
     )
@@ -117,12 +130,30 @@ class SidecarConfig(Partition, AnchorConfig, ShieldConfig, BaseSettings):
     def _a_digest_needs_an_address(self) -> SidecarConfig:
         if self.redis_url and not self.node_url:
             raise ValueError("redis_url is set, so node_url is needed: the router must reach it")
+        if self.redis_url and self.redis_url_file is not None:
+            raise ValueError("redis_url and redis_url_file are both set; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _one_owner(self) -> SidecarConfig:
+        if self.kube_token_dir is None:
+            return self
+        if self.policy_file is not None:
+            raise ValueError("kube_token_dir and policy_file are both set; leave one out")
+        if not self.pod_name or not self.pod_uid:
+            raise ValueError("kube_token_dir is set, so pod_name and pod_uid are needed")
         return self
 
     @property
     def admin_socket(self) -> Path:
         """Unix socket of /v1."""
         return self.run_dir / ADMIN_SOCKET
+
+    @property
+    def address(self) -> str:
+        """`node_url`, or where it is left out (routers of a cluster go by the name) our host."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return self.node_url or f"http://{host}"
 
     def partition(self) -> Partition:
         """The wish it starts with."""

@@ -67,6 +67,7 @@ class SidecarMetrics:
         self.snapshots_asked = counter("residency_snapshots_requested", "Snapshots asked for.")
         self.snapshots_taken = counter("residency_snapshots_taken", "Snapshots taken over.")
         # Redis.
+        self.redis_configured = gauge("redis_configured", "1 once there is an address of Redis.")
         self.redis_up = gauge("redis_up", "1 while the last heartbeat was stored.")
         self.redis_errors = counter("redis_errors", "Heartbeats that could not be stored.")
         self.heartbeats = counter("heartbeats", "Heartbeats stored.")

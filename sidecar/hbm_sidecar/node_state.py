@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Final, NamedTuple
 
@@ -22,6 +23,10 @@ class Rates(NamedTuple):
     rows_per_token: float
     emb_miss_ratio: float
     cost_row_ms: float
+    kv_hit_ratio: float = math.nan
+    """Share of history tokens whose KV was reused; NaN: no history seen."""
+    emb_hit_ratio: float = math.nan
+    """Share of row lookups that hit; NaN: no lookup seen."""
 
 
 NO_RATES: Final = Rates(0.0, 0.0, 0.0, 0.0)
@@ -61,6 +66,7 @@ def _rates(old: npt.NDArray[np.void], new: npt.NDArray[np.void], before: Rates) 
     if requests < MIN_REQUESTS:
         return before._replace(cost_row_ms=before.cost_row_ms or float(np.max(new["cost_row_ms"])))
     tokens = grown("kv_tokens_computed") + grown("candidate_tokens")
+    history = grown("kv_tokens_reused") + grown("kv_tokens_computed")
     accesses = grown("emb_accesses")
     missed = new["class_misses"].astype(np.float64) - old["class_misses"].astype(np.float64)
     all_missed = float(missed.sum())
@@ -70,6 +76,8 @@ def _rates(old: npt.NDArray[np.void], new: npt.NDArray[np.void], before: Rates) 
         rows_per_token=accesses / tokens if tokens > 0 else before.rows_per_token,
         emb_miss_ratio=grown("emb_misses") / accesses if accesses > 0 else before.emb_miss_ratio,
         cost_row_ms=weighted / all_missed if all_missed > 0 else before.cost_row_ms,
+        kv_hit_ratio=grown("kv_tokens_reused") / history if history > 0 else before.kv_hit_ratio,
+        emb_hit_ratio=grown("emb_hits") / accesses if accesses > 0 else before.emb_hit_ratio,
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numpy as np
+from hbm_policy import Reason
 from hbm_pool.contracts.control_block import (
     ControlBlockError,
     ControlBlockMissing,
@@ -32,6 +33,14 @@ from hbm_sidecar.supervisor import CHILDREN_FILE
 T = TypeVar("T")
 
 DECISIONS_READ: Final = 256
+_CHANGES: Final = int(
+    Reason.SERVER_RESTARTED
+    | Reason.MOVE_STARTED
+    | Reason.MOVE_FINISHED
+    | Reason.MOVE_STOPPED
+    | Reason.BOUNDED
+    | Reason.SERVER_LIMITED
+)
 SNAPSHOT_RETRY_S: Final = 1.0
 """A snapshot that has been asked for and did not come is asked for again."""
 REOPEN_S: Final = 0.25
@@ -84,6 +93,14 @@ class Observer:
         # What was decided before this process began has been counted by the one before it.
         self._last_decision_ns = clock_ns()
         self._decided = False
+        self.intent_generation = 0
+        """Of the wish that the newest decision followed; 0: no decision was seen yet."""
+        self.intent_followed_ns = 0
+        """Time of the first decision that followed it, as far as seen."""
+        self.anchor = self.target = math.nan
+        """Of the newest decision."""
+        self.last_change: np.ndarray | None = None
+        """The newest decision that started, ended or bent a move, `()` of dtype DECISION."""
         self._children: dict[str, Growth] = {}
         self._twin_requests, self._twin_lost = Growth(), Growth()
 
@@ -217,12 +234,18 @@ class Observer:
                 metrics.moves.inc()
             for code in reason_codes(int(record["reasons"])):
                 metrics.decision_reasons.labels(code).inc()
+            if int(record["intent_generation"]) != self.intent_generation:
+                self.intent_generation = int(record["intent_generation"])
+                self.intent_followed_ns = int(record["monotonic_ns"])
+            if int(record["reasons"]) & _CHANGES:
+                self.last_change = record.copy()
         newest = fresh[-1]
         self._last_tick = int(newest["tick"])
         self._last_decision_ns, self._decided = int(newest["monotonic_ns"]), True
+        self.anchor, self.target = float(newest["anchor"]), float(newest["target"])
         metrics.alpha.set(float(newest["alpha"]))
-        metrics.anchor.set(float(newest["anchor"]))
-        metrics.target.set(float(newest["target"]))
+        metrics.anchor.set(self.anchor)
+        metrics.target.set(self.target)
         metrics.gain.set(float(newest["gain"]))
 
     def decision_age_s(self) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hbm_policy import Reason
 from hbm_pool.contracts.records import DECISION, TELEMETRY
+from hbm_sidecar.cluster_link import KubeMetrics
 from hbm_sidecar.explain import explained, human_line, reason_codes, to_json
 from hbm_sidecar.launch import LaunchError, configuration
 from hbm_sidecar.metrics import SidecarMetrics
@@ -161,9 +162,11 @@ def test_every_reason_has_its_code() -> None:
 
 def test_every_metric_has_its_row() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", DOCUMENT.read_text(), re.MULTILINE))
+    metrics = SidecarMetrics()
+    KubeMetrics(metrics.registry)
     exposed = {
         family.name + ("_total" if family.type == "counter" else ""): family.type
-        for family in SidecarMetrics().registry.collect()
+        for family in metrics.registry.collect()
     }
     assert rows == exposed
 
