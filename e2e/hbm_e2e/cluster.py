@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from hbm_e2e import dns
+from hbm_e2e import dns, node_init
+from hbm_e2e.cgroups import Cgroups
 from hbm_e2e.control_plane import ControlPlane, Endpoints, Flags
 from hbm_e2e.daemon import Daemon
 from hbm_e2e.doorway import Doorway
@@ -25,6 +26,10 @@ from hbm_e2e.waiting import wait_for
 
 NODES = 3
 API_PORT = 6443
+
+
+def node_name(number: int) -> str:
+    return f"n{number}"
 
 
 class AnyCluster(Protocol):
@@ -107,7 +112,8 @@ class Cluster:
     def nodes(self) -> tuple[Node, ...]:
         return tuple(
             Node(
-                f"n{number}",
+                node_name(number),
+                self._node_folder(number),
                 place,
                 self.network,
                 self.control_plane,
@@ -195,17 +201,20 @@ class Cluster:
         self._say(f"{time.monotonic() - started:5.1f} s  names")
 
     def down(self) -> None:
-        """Stop everything and forget it; built programs and loaded images stay."""
-        shutil.rmtree(self.folder / "logs", ignore_errors=True)
-        if not self._toolchain.missing() and (self.folder / "run").exists():
-            for node in self.nodes:
-                node.scrap()
+        """Stop everything and forget it; built programs and loaded images stay.
+
+        Goes by what is on disk, so it also removes what other versions of the programs left.
+        """
+        for pid_file in sorted((self.folder / "run").glob("*.pid")):
             # Nothing of the state is kept, so a graceful end would only take time.
-            for daemon in self.control_plane.daemons:
-                daemon.kill()
-        Doorway.close_all(self.folder)
+            Daemon(pid_file.stem, [], self.folder).kill()
         self.network.down()
-        for part in ("etcd", "pki", "run", "helm"):
+        for number in range(1, NODES + 1):
+            Cgroups(self.name, node_name(number)).remove()
+            for part in node_init.PRIVATE:
+                if part != "containerd":
+                    shutil.rmtree(self._node_folder(number) / part, ignore_errors=True)
+        for part in ("etcd", "helm", "logs", "pki", "prometheus", "run"):
             shutil.rmtree(self.folder / part, ignore_errors=True)
         for made in ("control_plane", "nodes", "_api_door"):
             self.__dict__.pop(made, None)
@@ -262,6 +271,9 @@ class Cluster:
     def _api_door(self) -> Doorway:
         control = self.network.control
         return Doorway(self.folder, control, control.address, API_PORT)
+
+    def _node_folder(self, number: int) -> Path:
+        return self.folder / "nodes" / node_name(number)
 
     def _start_dns(self) -> None:
         self.kubectl.apply(*dns.manifests())

@@ -43,12 +43,6 @@ class Doorway:
         wait_for(self._accepts, 10, f"{self.daemon.name} to open", because=self.daemon.last_words)
         return self.port
 
-    @staticmethod
-    def close_all(folder: Path) -> None:
-        """Close every door that was opened for a cluster's folder."""
-        for pid_file in (folder / "run").glob("doorway-*.pid"):
-            Daemon(pid_file.stem, [], folder).kill()
-
     def _known_port(self) -> int | None:
         try:
             return int(self._port_file.read_text())

@@ -1,7 +1,6 @@
 """One node: real kubelet, containerd and kube-proxy in namespaces of their own."""
 
 import json
-import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,6 +28,7 @@ class Node:
     def __init__(
         self,
         name: str,
+        folder: Path,
         place: Place,
         network: Network,
         plane: ControlPlane,
@@ -39,7 +39,7 @@ class Node:
     ) -> None:
         self.name = name
         self.place = place
-        self.folder = plane.folder / "nodes" / name
+        self.folder = folder
         self._network = network
         self._plane = plane
         self._toolchain = toolchain
@@ -129,14 +129,6 @@ class Node:
         """Everything on the node ends at once, and its cable is cut; the disk stays."""
         self.holder.kill()  # is gone only after all that lived in its namespace
         self._network.detach(self.place)
-
-    def scrap(self) -> None:
-        """Power off for good; only the images stay, for the next cluster of this name."""
-        self.power_off()
-        self._cgroups.remove()
-        for name in node_init.PRIVATE:
-            if name != "containerd":
-                shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def forget_containers(self) -> None:
         """Drop what an earlier cluster of this name left in containerd beside its images."""

@@ -31,6 +31,16 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build what the collected tests lack, if asked to: that takes longer than a test may."""
+    wanting = any("api_server" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wanting and os.environ.get("HBM_E2E_BUILD") and not session.config.option.collectonly:
+        from hbm_e2e.api_server import PROGRAMS
+        from hbm_e2e.toolchain import Toolchain
+
+        Toolchain().build(PROGRAMS)
+
+
 @pytest.fixture(scope="session")
 def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     from hbm_e2e.api_server import PROGRAMS, ApiServer
@@ -39,12 +49,10 @@ def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     toolchain = Toolchain()
     missing = toolchain.missing(PROGRAMS)
     if missing:
-        if not os.environ.get("HBM_E2E_BUILD"):
-            pytest.skip(
-                f"not built: {', '.join(missing)}; run `PYTHONPATH=e2e python3.11 -m hbm_e2e "
-                f"build {' '.join(PROGRAMS)}` or set HBM_E2E_BUILD=1"
-            )
-        toolchain.build(PROGRAMS)
+        pytest.skip(
+            f"not built: {', '.join(missing)}; run `PYTHONPATH=e2e python3.11 -m hbm_e2e "
+            f"build {' '.join(PROGRAMS)}` or set HBM_E2E_BUILD=1"
+        )
     with ApiServer(tmp_path_factory.mktemp("api-server"), toolchain) as server:
         yield server
 
