@@ -17,6 +17,9 @@ from hbm_e2e.waiting import wait_for
 
 PORT = 9090
 
+# The machine's HTTP proxy, if it has one, knows nothing of a loopback port.
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
 
 class Prometheus:
     """Scrapes the nodes (cAdvisor, kube-proxy) and the pods it is shown.
@@ -108,14 +111,14 @@ class Prometheus:
 
     def _get(self, path: str) -> Any:
         try:
-            with urllib.request.urlopen(self._url + path, timeout=30) as answer:
+            with _direct.open(self._url + path, timeout=30) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             raise HarnessError(f"Prometheus refused {path}: {error.read().decode()}") from error
 
     def _ready(self) -> bool:
         try:
-            with urllib.request.urlopen(self._url + "/-/ready", timeout=5) as answer:
+            with _direct.open(self._url + "/-/ready", timeout=5) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False

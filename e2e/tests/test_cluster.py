@@ -241,6 +241,23 @@ def test_a_killed_kubelet_comes_back_and_pods_do_not_notice(
         assert [one["restartCount"] for one in found["status"]["containerStatuses"]] == [0]
 
 
+def test_a_killed_containerd_leaves_its_containers_running(
+    own_cluster: Cluster, web: Kubectl
+) -> None:
+    node = own_cluster.node("n1")
+    (name,) = (
+        found["metadata"]["name"]
+        for found in ready_pods(web, "app=web")
+        if found["spec"]["nodeName"] == "n1"
+    )
+    start_time = ("cut", "-d", " ", "-f22", "/proc/1/stat")
+    started = web.exec(name, *start_time, container="server")
+    node.containerd.kill()
+    node.start_containerd()
+    own_cluster.wait_nodes_ready()
+    assert web.exec(name, *start_time, container="server") == started
+
+
 def test_killed_api_server_and_etcd_keep_the_objects(own_cluster: Cluster, web: Kubectl) -> None:
     plane = own_cluster.control_plane
     plane.api_server.kill()
