@@ -27,6 +27,8 @@ TARGETS = ("operator", "sidecar", "router", "redis")
 CA_INSIDE = "/run/hbm-build-ca.crt"
 PIP_CACHE_INSIDE = "/run/hbm-pip-cache"
 BUILD_TIMEOUT_S = 1800
+SHORT_OF_DISK_BYTES = 20 << 30
+"""Below this the layers of earlier builds go: the next build repeats what they would have saved."""
 
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -91,7 +93,7 @@ class ImageStore:
             text = dockerfile.read_text()
             pruned.write(stages.only(text, target) if target else text)
             pruned.flush()
-            self._run("rm", "--all")  # working containers of a build that was interrupted
+            self._tidy()
             self._import_base()
             self._run(
                 *("build", "--isolation=chroot", "--network=host", "--pull-never", "--layers"),
@@ -177,6 +179,12 @@ class ImageStore:
         unfinished = image.archive.with_suffix(".unfinished")
         self._run("push", source, f"docker-archive:{unfinished}:{image.name}")
         unfinished.rename(image.archive)
+
+    def _tidy(self) -> None:
+        """Away with what interrupted builds left, and with old layers where disk is short."""
+        self._run("rm", "--all")
+        if shutil.disk_usage(self._folder).free < SHORT_OF_DISK_BYTES:
+            self._run("rmi", "--prune")
 
     def _run(self, *words: str) -> str:
         return run([*self._buildah, *words], timeout_s=BUILD_TIMEOUT_S)
