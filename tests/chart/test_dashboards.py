@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,3 +116,27 @@ def test_panels_do_not_overlap(dashboard: dict[str, Any]) -> None:
         assert not cells & taken, panel["title"]
         assert place["x"] + place["w"] <= 24, panel["title"]
         taken |= cells
+
+
+def test_prometheus_can_read_every_query(tmp_path: Path) -> None:
+    program = shutil.which("promtool")
+    if program is None:
+        pytest.skip("promtool is not here: apt-get install prometheus")
+    chosen = {"$__rate_interval": "1m", "$__interval": "1m", "$namespace": "n"}
+    chosen |= {"$pod": "p", "$route": "r"}
+    rules = []
+    for name in DASHBOARDS:
+        content = load(name)
+        queries = [target["expr"] for panel in panels(content) for target in panel["targets"]]
+        for query in [*queries, *(mark["expr"] for mark in content["annotations"]["list"])]:
+            for variable, value in chosen.items():
+                query = query.replace(variable, value)
+            assert "$" not in query, query
+            rules.append({"record": f"checked:{len(rules)}", "expr": query})
+    path = tmp_path / "queries.yaml"
+    path.write_text(json.dumps({"groups": [{"name": "queries", "rules": rules}]}))
+    done = subprocess.run(
+        [program, "check", "rules", str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(rules)} rules found" in done.stdout
