@@ -41,8 +41,11 @@ def _run(**flags: Any) -> None:
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         settings = RouterSettings(**given)
-        if not settings.backends:
-            raise ValueError("--backends: no backend is given; write NAME=http://HOST:PORT,…")
+        if not settings.backends and not settings.service:
+            raise ValueError(
+                "--backends or --service: no backend is given; write --backends "
+                "NAME=http://HOST:PORT,… or, in a cluster, --service NAME"
+            )
     except pydantic.ValidationError as error:
         _refuse(_complaint(error))
     except ValueError as error:

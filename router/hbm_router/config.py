@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
+from hbm_kube.config import TOKEN_DIR, KubeConfig
+from hbm_kube.errors import KubeConfigError
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -34,8 +36,23 @@ class RouterSettings(BaseSettings):
     )
 
     backends: str = Field("", description="Servers: NAME=http://HOST:PORT, separated by commas.")
+    service: str = Field(
+        "", description="Kubernetes Service whose ready endpoints are the servers, instead."
+    )
+    service_namespace: str = Field(
+        "", description="Namespace of that Service; empty: that of the router's own pod."
+    )
+    service_port: str = Field(
+        "8000", min_length=1, description="Name or number of the port on the pods."
+    )
+    kube_token_dir: Path = Field(
+        TOKEN_DIR, description="Directory of token, ca.crt and namespace of the router's pod."
+    )
     redis_url: str | None = Field(
         None, description="Where sidecars publish. Without it users are spread by hash."
+    )
+    redis_url_file: Path | None = Field(
+        None, description="File with that URL instead; it may come and change at any time."
     )
     namespace: str = Field(
         "default", min_length=1, max_length=253, description="Key prefix in Redis: hbm:NAMESPACE:*."
@@ -163,7 +180,8 @@ class RouterSettings(BaseSettings):
     @field_validator("backends")
     @classmethod
     def _backends(cls, value: str) -> str:
-        parse_backends(value)
+        if value:
+            parse_backends(value)
         return value
 
     @field_validator("log_level")
@@ -187,12 +205,28 @@ class RouterSettings(BaseSettings):
                 f"expire_s is {self.expire_s} and fresh_s is {self.fresh_s}; "
                 "expire_s must be the larger one"
             )
+        if self.redis_url is not None and self.redis_url_file is not None:
+            raise ValueError("redis_url and redis_url_file are both set; leave one out")
+        if self.service and self.backends:
+            raise ValueError("backends and service are both set; leave one out")
+        if self.service:
+            self.kube_config()
         if self.max_ejection_s < self.ejection_s:
             raise ValueError(
                 f"max_ejection_s is {self.max_ejection_s} and ejection_s is {self.ejection_s}; "
                 "max_ejection_s must not be the smaller one"
             )
         return self
+
+    def kube_config(self) -> KubeConfig:
+        """The API server that knows the Service. Raises `ValueError` outside of a cluster."""
+        try:
+            return KubeConfig.in_cluster(self.kube_token_dir)
+        except KubeConfigError as error:
+            raise ValueError(
+                f"service {self.service!r} needs a cluster: {error}; outside of one write "
+                "--backends NAME=http://HOST:PORT,…"
+            ) from error
 
     def parsed_backends(self) -> tuple[Backend, ...]:
         """The backends as a list."""

@@ -132,6 +132,18 @@ class RouterMetrics:
         self.panic = gauge("panic", "1 while too few nodes are healthy and health is ignored")
         self.loop_lag_s = histogram("event_loop_lag_seconds", "Lateness of a timer", LATENCY_S)
 
+        self.discovery_up = gauge("discovery_up", "1 while the watch of EndpointSlices stands")
+        self.discovery_failures = counter("discovery_failures", "Watches that failed")
+        self.endpoints = Gauge(
+            "hbm_router_endpoints",
+            "Endpoints of the Service, by state",
+            ("state",),
+            registry=self.registry,
+        )
+        self.kube_requests = counter(
+            "kube_requests", "Requests to the Kubernetes API; code 0: no answer", "verb", "code"
+        )
+
         for outcome in OUTCOMES:
             self._kv_predicted.counts[(outcome,)] = 0
 

@@ -27,6 +27,7 @@ from typing import Any, Final, Protocol, cast
 
 import redis
 import structlog
+from hbm_kube.redis_secret import RedisSecret
 from hbm_pool.contracts.digest import (
     NODE_SCHEMA,
     DigestError,
@@ -215,8 +216,10 @@ class SnapshotReader:
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
     ) -> None:
-        assert settings.redis_url is not None
         self._settings = settings
+        file = settings.redis_url_file
+        self._secret = None if file is None else RedisSecret(file)
+        self._problem = ""
         self._target = target
         self._metrics = metrics
         self._clock = clock
@@ -228,14 +231,9 @@ class SnapshotReader:
         self._snapshot: Snapshot | None = None
         self._stop = threading.Event()
         self._up: bool | None = None
-        timeout_s = settings.redis_timeout_ms / 1000
-        self._redis = redis.Redis.from_url(
-            settings.redis_url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            client_name="hbm-router",
-        )
+        self._redis: redis.Redis | None = None
+        if settings.redis_url is not None:
+            self._redis = self._connection(settings.redis_url)
         self._thread = threading.Thread(target=self._run, name="snapshot-reader", daemon=True)
 
     def start(self) -> None:
@@ -246,7 +244,31 @@ class SnapshotReader:
         """Stops and waits for the thread."""
         self._stop.set()
         self._thread.join(timeout=5)
-        self._redis.close()
+        if self._redis is not None:
+            self._redis.close()
+
+    def _connection(self, url: str) -> redis.Redis:
+        timeout_s = self._settings.redis_timeout_ms / 1000
+        return redis.Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            client_name="hbm-router",
+        )
+
+    def _follow(self, secret: RedisSecret) -> None:
+        """Turn to another Redis once the file names one."""
+        changed = secret.poll()
+        if secret.problem and secret.problem != self._problem:
+            self._log.warning("no new address of redis", why=secret.problem)
+        self._problem = secret.problem
+        if not changed or secret.url is None:
+            return
+        before, self._redis = self._redis, self._connection(secret.url)
+        self._log.info("redis has an address", file=str(secret.path), changed=before is not None)
+        if before is not None:
+            before.close()
 
     def _run(self) -> None:
         period_s = self._settings.poll_ms / 1000
@@ -264,7 +286,11 @@ class SnapshotReader:
         """One round; `False` when Redis did not answer."""
         started_s = self._clock()
         try:
-            self._round()
+            if self._secret is not None:
+                self._follow(self._secret)
+            if self._redis is None:
+                return True  # nobody to ask yet
+            self._round(self._redis)
         except (redis.RedisError, OSError) as error:
             self._metrics.polls.labels("error").inc()
             self._metrics.store_up.set(0)
@@ -285,19 +311,19 @@ class SnapshotReader:
         self._up = True
         return True
 
-    def _round(self) -> None:
+    def _round(self, store: redis.Redis) -> None:
         namespace, names = self._settings.namespace, self._target.names
         now_unix_ms = int(self._unix_clock() * 1000)
         members = cast(
             list[bytes],
-            self._redis.zrangebyscore(
+            store.zrangebyscore(
                 nodes_key(namespace), now_unix_ms - LIVE_WINDOW_MS, "+inf", 0, MAX_MEMBERS
             ),
         )
         alive = {member.decode("utf-8", "replace") for member in members}
         matched = [name for name in names if name in alive]
         self._metrics.unmatched_nodes.set(len(alive) - len(matched))
-        pipeline = self._redis.pipeline(transaction=False)
+        pipeline = store.pipeline(transaction=False)
         for name in matched:
             pipeline.hgetall(node_key(namespace, name))
         answers: list[Any] = pipeline.execute(raise_on_error=False) if matched else []
@@ -314,7 +340,7 @@ class SnapshotReader:
         if wanted:
             blobs = cast(
                 list[bytes | None],
-                self._redis.mget([digest_key_name(namespace, name) for name in wanted]),
+                store.mget([digest_key_name(namespace, name) for name in wanted]),
             )
             accepted = collector.digests(dict(zip(wanted, blobs, strict=True)))
             self._metrics.digests_accepted.inc(accepted)

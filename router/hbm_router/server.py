@@ -36,7 +36,6 @@ class RouterServer:
         self.lifecycle = Lifecycle()
         self.port = 0
         self.admin_port = 0
-        self._discovery = discovery or StaticDiscovery(settings.parsed_backends())
         self._server: asyncio.Server | None = None
         self._admin: AdminServer | None = None
         self._reader: SnapshotReader | None = None
@@ -44,13 +43,15 @@ class RouterServer:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets the exception of a background task that should never have ended."""
         self._log = structlog.get_logger("hbm_router")
+        self._discovery = discovery or self._make_discovery()
 
     async def start(self) -> None:
         """Returns once requests are accepted. Raises `OSError` when a port cannot be had."""
         settings, plane = self.settings, self.plane
         loop = asyncio.get_running_loop()
         await self._discovery.start(plane.set_backends)
-        if settings.redis_url is not None:
+        redis = settings.redis_url is not None or settings.redis_url_file is not None
+        if redis:
             self._reader = SnapshotReader(settings, plane, self.metrics)
         self._admin = AdminServer(
             build_app(plane, self.lifecycle, loop), settings.host, settings.admin_port
@@ -82,11 +83,28 @@ class RouterServer:
             admin_port=self.admin_port,
             policy=settings.policy.value,
             backends=len(plane.fleet.nodes),
-            redis=settings.redis_url is not None,
+            redis=redis,
+        )
+
+    def _make_discovery(self) -> Discovery:
+        """The list of the configuration, or the endpoints of its Service."""
+        settings = self.settings
+        if not settings.service:
+            return StaticDiscovery(settings.parsed_backends())
+        from hbm_router.endpoint_slices import EndpointSliceDiscovery  # the client takes 30 MB
+
+        config = settings.kube_config()
+        return EndpointSliceDiscovery(
+            config,
+            settings.service,
+            settings.service_namespace or config.namespace,
+            settings.service_port,
+            self.metrics,
+            self._ended,
         )
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Without its sweeper a router would go on and never time out anything: better to end."""
+        """A router without its sweeper would never time out anything: better to end."""
         error = None if task.cancelled() else task.exception()
         if error is not None and not self.failed.done():
             self.failed.set_exception(error)
