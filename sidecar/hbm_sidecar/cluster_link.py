@@ -225,12 +225,9 @@ class ClusterLink:
         await kube.apply(
             HBM_PARTITIONS,
             {
-                # With the uid: the status of a successor of the same name is not ours to write.
-                "metadata": {
-                    "name": source.pod,
-                    "namespace": source.namespace,
-                    "uid": source.uid,
-                },
+                # That it is the status of our own pod is checked by the admission policy: an apply
+                # to a status cannot name the object's uid (the server ignores it).
+                "metadata": {"name": source.pod, "namespace": source.namespace},
                 "status": status,
             },
             field_manager=FIELD_MANAGER,

@@ -42,6 +42,7 @@ from pydantic import ValidationError
 from hbm_sidecar.config import SidecarConfig
 from hbm_sidecar.log import configure
 from hbm_sidecar.pace import Pace
+from hbm_sidecar.signals import SignalWait
 
 DRY_DECISIONS: Final = 3
 WARM_UP_DECISIONS: Final = 300
@@ -282,11 +283,10 @@ class Metronome:
         """Until SIGTERM, which must be blocked: it is waited for instead of slept."""
         clock_ns, decider = self._clock_ns, self._decider
         pace = Pace(clock_ns(), decider.period_ns)
+        asked_to_end = SignalWait((signal.SIGTERM,))
         while True:
             sleep_s = max(0.0, (pace.due_ns - self.lead_ns - clock_ns()) / 1e9)
-            # A wait that a SIGSTOP outlasted has an arbitrary answer (CPython), not None.
-            got = signal.sigtimedwait((signal.SIGTERM,), sleep_s)
-            if got is not None and got.si_signo == signal.SIGTERM:
+            if asked_to_end.take(sleep_s):
                 return
             self.meet(pace.due_ns)
             pace.change(clock_ns(), decider.period_ns)

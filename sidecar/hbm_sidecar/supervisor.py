@@ -4,7 +4,7 @@ Standard library only, so that it stays small and starts at once: `hbm sidecar` 
 configuration, takes the lock on the run directory, binds the admin port and becomes this module by
 exec. The children inherit the listening socket, so the port stays the same when admin restarts.
 
-All signals of interest are blocked and taken one by one with `sigtimedwait`: no handler, no race.
+All signals of interest are blocked and taken one by one (`hbm_sidecar.signals`).
 A child dies with its supervisor (`PR_SET_PDEATHSIG`), whatever kills it.
 """
 
@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
+
+from hbm_sidecar.signals import SignalWait
 
 CHILDREN: Final = ("admin", "decide", "twin")
 ADMIN_FD: Final = "HBM_SIDECAR_ADMIN_FD"
@@ -120,6 +122,7 @@ class Supervisor:
     def run(self) -> None:
         """Supervise until SIGTERM or SIGINT, then stop all children and return."""
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        signals = SignalWait(_SIGNALS)
         _log("info", "started", run_dir=str(self._run_dir))
         while True:
             now = self._clock()
@@ -129,10 +132,10 @@ class Supervisor:
                 self._start(child, now)
             if due:
                 self._publish()
-            got = signal.sigtimedwait(_SIGNALS, self._pause_s())
+            got = signals.take(self._pause_s())
             if self._reap():
                 self._publish()
-            if got is not None and got.si_signo in (signal.SIGTERM, signal.SIGINT):
+            if got in (signal.SIGTERM, signal.SIGINT):
                 break
         self._stop()
         _log("info", "stopped")
@@ -239,14 +242,15 @@ class Supervisor:
     def _stop(self) -> None:
         """SIGTERM to all, SIGKILL to what is left after the grace time."""
         self._stopping = True
+        ended = SignalWait((signal.SIGCHLD,))
         self._signal(signal.SIGTERM)
         until = self._clock() + GRACE_S
         while self._alive() and (left := until - self._clock()) > 0:
-            signal.sigtimedwait((signal.SIGCHLD,), left)
+            ended.take(left)
             self._reap()
         self._signal(signal.SIGKILL)
         while self._alive():
-            signal.sigtimedwait((signal.SIGCHLD,), 0.1)
+            ended.take(0.1)
             self._reap()
 
     def _alive(self) -> bool:
