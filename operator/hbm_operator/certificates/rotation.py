@@ -28,8 +28,11 @@ from hbm_operator.certificates.issue import Pair
 
 _STAGED: Final = "next-"
 _PREVIOUS: Final = "previous-ca.crt"
-_ROTATE_AT: Final = 2 / 3
-"""Share of its life after which a certificate is replaced."""
+_LAST_THIRD: Final = 1 / 3
+"""Share of its life before the end of which a certificate is replaced."""
+_TAKE_OVER_S: Final = 150.0
+"""Time that certificates of a few minutes are given for it: a kubelet shows a changed Secret to its
+pods after up to 90 s. At most half of the life."""
 
 
 class Step(StrEnum):
@@ -129,8 +132,8 @@ def next_step(held: Held | None, view: View) -> Step:
 def rotation_due(held: Held, view: View) -> bool:
     """Whether the current pair cannot serve, or has lived two thirds of its life."""
     ends = held.current.usable_until(view.names, view.now)
-    rest = timedelta(seconds=view.lifetime_s * (1 - _ROTATE_AT))
-    return ends is None or view.now >= ends - rest
+    rest_s = min(max(view.lifetime_s * _LAST_THIRD, _TAKE_OVER_S), view.lifetime_s / 2)
+    return ends is None or view.now >= ends - timedelta(seconds=rest_s)
 
 
 def is_crowded(held: Held, view: View) -> bool:

@@ -42,6 +42,13 @@ def test_a_served_and_trusted_pair_is_left_alone() -> None:
     assert next_step(Held(pair), due) is Step.STAGE
 
 
+def test_a_certificate_of_five_minutes_leaves_a_kubelet_time_to_show_the_next_one() -> None:
+    pair = issue(NAMES, 300.0, START)
+    view = _view(bundle([pair.authority], START), lifetime_s=300.0)
+    assert next_step(Held(pair), replace(view, now=START + timedelta(seconds=149))) is Step.NONE
+    assert next_step(Held(pair), replace(view, now=START + timedelta(seconds=151))) is Step.STAGE
+
+
 @pytest.mark.parametrize(
     "pair",
     [
