@@ -60,7 +60,13 @@ class Pool:
         self.ledger = ExtentLedger(config.num_extents)
         self.link = LinkModel(config.link_bytes_per_s if on_cpu else None)
         self.emb = EmbeddingCache(
-            config, self.arena, stores, clock=spans, link=self.link, index=config.emb_index
+            config,
+            self.arena,
+            stores,
+            clock=spans,
+            link=self.link,
+            index=config.emb_index,
+            clock_s=clock_s,
         )
         self._clock_s = clock_s
         self._lock = threading.Lock()
@@ -86,7 +92,7 @@ class Pool:
             lock=self._lock,
         )
         self.kv = KVCache(self.arena, config.kv, index, self._lock, spans, self._split.reclaim)
-        self.refiller = Refiller(self.emb, config.refill_bytes_per_s)
+        self.refiller = Refiller(self.emb, config.refill_bytes_per_s, clock_s=clock_s)
         if background:
             self.refiller.start()
         self._accesses_at_move = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,16 @@ class FaultyStore(RamRowStore):
         super().write(ids, values)
 
 
+LOOK_US = 50.0
+"""Between two looks at a world's clock: budgets end after so many looks, whatever the machine does
+meanwhile."""
+
+
 class EmbWorld:
-    """Cache, stores and the values every row has at this moment."""
+    """Cache, stores and the values every row has at this moment.
+
+    Its clock goes on by `LOOK_US` with every look, unless the options name another one.
+    """
 
     def __init__(
         self,
@@ -71,6 +80,8 @@ class EmbWorld:
             self.values[table.name] = values.clone()
             self.stores[table.name] = FaultyStore(values.view(torch.uint8).numpy(), table.name)
         self.arena = Arena(extents, extent_bytes, device)
+        looks = itertools.count()
+        options.setdefault("clock_s", lambda: next(looks) * LOOK_US * 1e-6)
         self.cache = EmbeddingCache(self.shape, self.arena, self.stores, **options)
         self.free = list(range(extents))
 

@@ -83,6 +83,34 @@ def test_planned_shrink_keeps_what_is_referenced(index: str) -> None:
     assert world.cache.counters().relocated_rows > 0
 
 
+def test_shrink_stops_when_its_budget_is_spent(index: str) -> None:
+    """A slice that took longer than the whole budget is the last one; what is left is still
+    promised, and still hits."""
+    now_s = 0.0
+    slice_s = 2.0
+
+    def clock_s() -> float:
+        nonlocal now_s
+        now_s += slice_s
+        return now_s
+
+    world = EmbWorld(25, index=index, tables=(TableSpec("item", 1500, 16),), clock_s=clock_s)
+    world.grow(30)
+    ids = {"item": torch.arange(900)}
+    for _ in range(2):
+        world.gather_and_check(ids)
+    assert world.cache.plan_shrink(20) == 20
+    released = world.cache.shrink_step(1e6)
+    world.give_back(released)
+    world.check()
+    assert 0 < released.size < 20
+    world.gather_and_check(ids)
+    slice_s = 1e-4
+    world.give_back(world.cache.shrink_step(1e6))
+    assert world.cache.num_extents == 10
+    world.check()
+
+
 def test_rows_in_extents_being_emptied_are_pushed_too(index: str) -> None:
     world = EmbWorld(23, index=index, tables=(TableSpec("item", 1500, 16),))
     world.grow(10)

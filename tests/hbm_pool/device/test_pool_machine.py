@@ -99,6 +99,7 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now_s = 0.0
+        self.look_s = 0.0
         self.device = Device()
         self.version = 0
         self.next_item = 1
@@ -112,8 +113,11 @@ class PoolMachine(RuleBasedStateMachine):
         alpha=st.sampled_from([0.3, 0.5, 0.6]),
         eviction=st.sampled_from(["tail", "whole"]),
         strict=st.booleans(),
+        look_us=st.sampled_from([0.0, 1.0, 5.0]),
     )
-    def start(self, seed: int, alpha: float, eviction: Any, strict: bool) -> None:
+    def start(self, seed: int, alpha: float, eviction: Any, strict: bool, look_us: float) -> None:
+        """A look at the clock takes `look_us`: a slice's budget ends never, late or at once."""
+        self.look_s = look_us * 1e-6
         generator = np.random.default_rng(seed)
         self.tables = {
             spec.name: generator.random((spec.rows, spec.width), dtype=np.float32)
@@ -143,11 +147,15 @@ class PoolMachine(RuleBasedStateMachine):
             config,
             stores={**stores, "item": self.store},
             background=False,
-            clock_s=lambda: self.now_s,
+            clock_s=self.clock_s,
             spans=self.device,
         )
         self.device.ledger = self.pool.ledger
         self.pool.kv.on_event = self.hear
+
+    def clock_s(self) -> float:
+        self.now_s += self.look_s
+        return self.now_s
 
     def hear(self, user: int, tokens: int) -> None:
         self.told[user] = tokens
