@@ -5,8 +5,10 @@ No nodes: Deployments make pods, which the admission of Pod Security sees, and w
 
 from __future__ import annotations
 
-import base64
 import json
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,34 +83,97 @@ def test_the_policy_of_statuses_has_no_type_errors(installed: ApiServer) -> None
     assert wait_for(checked, 30, "the check of the policy's types") == {"checked": {}}
 
 
+@pytest.fixture(scope="module")
+def governed(installed: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """The real controller with the pod's arguments and the rights of its own account, until it has
+    done all that it does. Returns its metrics."""
+    folder = tmp_path_factory.mktemp("controller")
+    kubectl, feeds = installed.kubectl, installed.kubectl.within("feeds")
+    kubeconfig = json.loads(installed.kubeconfig.read_text())
+    token = installed.token("hbm-controller", "hbm-system")
+    kubeconfig["users"][0]["user"] = {"token": token}
+    (folder / "kubeconfig").write_text(json.dumps(kubeconfig))
+    deployment = kubectl.within("hbm-system").get("deployment", "hbm-controller")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    arguments = [each for each in container["args"] if "--redis-address" not in each]
+    here = {
+        "--kubeconfig": folder / "kubeconfig",
+        "--ready-file": folder / "ready",
+        "--host": "127.0.0.1",
+        "--admin-port": 0,
+        "--redis-address": "127.0.0.1:1",  # Secrets are written though it does not answer
+    }
+    arguments += [f"{flag}={value}" for flag, value in here.items()]
+    feeds.apply(_pod("injected", {"hbm-partition.io/injected": "true"}, node="nowhere"))
+    feeds.apply(_policy("all", "Recommend"))
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hbm_cli.main", *arguments], stdout=log, stderr=log
+        )
+    try:
+
+        def done() -> bool:
+            assert process.poll() is None, (folder / "log").read_text()
+            configuration = kubectl.get("mutatingwebhookconfiguration", "hbm-webhook")
+            return (
+                bool(feeds("get", "hbmpartition/injected", "--ignore-not-found", "-o", "name"))
+                and bool(feeds("get", "secret/hbm-redis", "--ignore-not-found", "-o", "name"))
+                and _condition(feeds.get("hbmpartition", "injected"), "Admitted") == "True"
+                and feeds.get("hbmpolicy", "all").get("status", {}).get("selected") == 1
+                and all("caBundle" in each["clientConfig"] for each in configuration["webhooks"])
+                and bool(feeds.items("events", "--field-selector", "reason=Injected"))
+            )
+
+        wait_for(done, 90, "the controller to have done everything")
+        port = json.loads((folder / "ready").read_text())["admin_port"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+    finally:
+        process.terminate()
+        process.wait(30)
+    return {
+        line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if line.startswith("hbm_operator_")
+    }
+
+
+def test_the_controller_has_all_the_rights_that_it_needs(
+    installed: ApiServer, governed: dict[str, float]
+) -> None:
+    requests = {name: n for name, n in governed.items() if "api_requests_total" in name}
+    assert requests
+    assert not [name for name in requests if 'code="403"' in name]
+    binding = installed.kubectl.within("feeds").get("rolebinding", "hbm-partition-sidecar")
+    assert binding["roleRef"]["name"] == "hbm-sidecar"
+    system = installed.kubectl.within("hbm-system")
+    assert system.get("secret", "hbm-webhook-tls")["type"] == "kubernetes.io/tls"
+    assert "users.acl" in system.get("secret", "hbm-redis-admin")["data"]
+
+
 def test_a_second_upgrade_changes_nothing_and_leaves_what_others_wrote(
-    installed: ApiServer, helm_in: Helm
+    installed: ApiServer, helm_in: Helm, governed: dict[str, float]
 ) -> None:
     kubectl = installed.kubectl
-    bundle = base64.b64encode(b"-----BEGIN CERTIFICATE-----\n").decode()
-    patch = [
-        {"op": "add", "path": f"/webhooks/{index}/clientConfig/caBundle", "value": bundle}
-        for index in range(2)
-    ]
-    # As the controller does, with its own rights.
-    controller = "system:serviceaccount:hbm-system:hbm-controller"
-    kubectl(
-        *("patch", "mutatingwebhookconfiguration", "hbm-webhook", "--as", controller),
-        *("--type=json", "-p", json.dumps(patch)),
-    )
 
     def state() -> dict[str, Any]:
         configuration = kubectl.get("mutatingwebhookconfiguration", "hbm-webhook")
+        secrets = kubectl.within("hbm-system").items("secrets")
         return {
             "generations": {
                 each["metadata"]["name"]: each["metadata"]["generation"]
                 for each in [*deployments(kubectl), *kubectl.items("crds")]
             },
             "bundles": [each["clientConfig"]["caBundle"] for each in configuration["webhooks"]],
+            "secrets": {
+                each["metadata"]["name"]: each["data"]
+                for each in secrets
+                if "helm" not in each["type"]
+            },
         }
 
     before = state()
-    assert before["bundles"] == [bundle, bundle]
+    assert before["secrets"].keys() == {"hbm-webhook-tls", "hbm-redis-admin"}
     helm_in("upgrade", "hbm", str(CHART), "-n", "hbm-system", *VALUES)
     assert state() == before
 
@@ -252,14 +317,7 @@ def test_definitions_and_policies_outlive_the_release_and_change_hands(
     installed: ApiServer, helm_in: Helm
 ) -> None:
     kubectl = installed.kubectl
-    kubectl.within("models").apply(
-        {
-            "apiVersion": "hbm-partition.io/v1alpha1",
-            "kind": "HBMPolicy",
-            "metadata": {"name": "kept"},
-            "spec": {"mode": "Recommend"},
-        }
-    )
+    kubectl.within("models").apply(_policy("kept", "Recommend"))
     helm_in("uninstall", "hbm", "-n", "hbm-system", "--wait")
     assert not deployments(kubectl)
     assert kubectl.within("models").get("hbmpolicy", "kept")["spec"]["mode"] == "Recommend"
@@ -275,7 +333,22 @@ def test_definitions_and_policies_outlive_the_release_and_change_hands(
     }
 
 
-def _pod(name: str) -> dict[str, Any]:
+def _condition(item: dict[str, Any], type_: str) -> str:
+    """Status of a condition; empty while it is not there."""
+    conditions = item.get("status", {}).get("conditions", [])
+    return next((str(each["status"]) for each in conditions if each["type"] == type_), "")
+
+
+def _policy(name: str, mode: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "hbm-partition.io/v1alpha1",
+        "kind": "HBMPolicy",
+        "metadata": {"name": name},
+        "spec": {"mode": mode},
+    }
+
+
+def _pod(name: str, labels: dict[str, str] | None = None, node: str = "") -> dict[str, Any]:
     container = {
         "name": "server",
         "image": "none",
@@ -287,8 +360,9 @@ def _pod(name: str) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": name},
+        "metadata": {"name": name, "labels": labels or {}},
         "spec": {
+            **({"nodeName": node} if node else {}),
             "securityContext": {
                 "runAsNonRoot": True,
                 "seccompProfile": {"type": "RuntimeDefault"},
