@@ -58,8 +58,14 @@ STATUS: Final = f"{GROUP}/status"
 """Annotation: JSON record of what was done (`injector.Stamp`)."""
 SKIP_REASON: Final = f"{GROUP}/skip-reason"
 """Annotation: why a pod that asked for the sidecar did not get it."""
+SKIP_MESSAGE: Final = f"{GROUP}/skip-message"
+"""Annotation: the same for people, with what to do. Whoever makes the pod for them (a ReplicaSet, a
+Job) sees no admission warnings."""
 OUTPUT_LABELS: Final = frozenset({INJECTED})
-OUTPUT_ANNOTATIONS: Final = frozenset({STATUS, SKIP_REASON})
+OUTPUT_ANNOTATIONS: Final = frozenset({STATUS, SKIP_REASON, SKIP_MESSAGE})
+
+ROUTE_LABEL: Final = f"{GROUP}/route"
+"""Label of a router's pods: the name of its route."""
 
 # -- inside an injected pod -----------------------------------------------------------------------
 SIDECAR_CONTAINER: Final = "hbm-sidecar"

@@ -8,8 +8,8 @@ from hbm_operator.injector.inject import (
     Injection,
     NamespaceFacts,
     Outcome,
+    failed,
     inject,
-    marked_as_failed,
 )
 from hbm_operator.injector.patch import json_patch
 from hbm_operator.injector.settings import InjectionSettings
@@ -23,7 +23,7 @@ __all__ = [
     "Outcome",
     "SkipReason",
     "Stamp",
+    "failed",
     "inject",
     "json_patch",
-    "marked_as_failed",
 ]

@@ -22,7 +22,7 @@ _LOWEST_PORT, _HIGHEST_PORT = 1024, 65_535
 _SHOWN: Final = 60
 """Characters of a value that a message repeats."""
 
-_POD_LABELS: Final = frozenset({names.INJECT_LABEL, *names.OUTPUT_LABELS})
+_POD_LABELS: Final = frozenset({names.INJECT_LABEL, names.ROUTE_LABEL, *names.OUTPUT_LABELS})
 _POD_ANNOTATIONS: Final = frozenset({*names.INPUT_ANNOTATIONS, *names.OUTPUT_ANNOTATIONS})
 
 

@@ -84,15 +84,23 @@ def inject(pod: Pod, namespace: NamespaceFacts, settings: InjectionSettings) -> 
     try:
         after, further = _injected(pod, settings)
     except Skip as skip:
-        message = f"no HBM sidecar ({skip.reason}): {skip.message}"
-        marked = _marked(pod, skip.reason)
-        return Injection(marked, Outcome.SKIPPED, skip.reason, (*warnings, message))
+        warning = f"no HBM sidecar ({skip.reason}): {skip.message}"
+        marked = _marked(pod, skip)
+        return Injection(marked, Outcome.SKIPPED, skip.reason, (*warnings, warning))
     return Injection(after, Outcome.INJECTED, None, (*warnings, *further))
 
 
-def marked_as_failed(pod: Pod) -> Pod:
-    """The pod with the skip reason of an error of our own."""
-    return _marked(pod, SkipReason.INTERNAL_ERROR)
+def failed(pod: Pod) -> Injection:
+    """What becomes of a pod on an error of our own: it goes on without the sidecar, and says so."""
+    skip = Skip(SkipReason.INTERNAL_ERROR, "see the log of the webhook")
+    metadata = pod.get("metadata")
+    sound = isinstance(metadata, dict) and isinstance(metadata.get("annotations") or {}, dict)
+    return Injection(
+        _marked(pod, skip) if sound else pod,
+        Outcome.SKIPPED,
+        skip.reason,
+        (f"no HBM sidecar ({skip.reason}): {skip.message}",),
+    )
 
 
 def _asks(pod: Pod, namespace: NamespaceFacts, settings: InjectionSettings) -> bool:
@@ -162,14 +170,19 @@ def _write_stamp(pod: Pod, stamp: Stamp) -> None:
     metadata = pod.setdefault("metadata", {})
     metadata["labels"] = {**(metadata.get("labels") or {}), names.INJECTED: "true"}
     annotations = {**(metadata.get("annotations") or {}), names.STATUS: stamp.to_annotation()}
-    annotations.pop(names.SKIP_REASON, None)  # of an earlier call for the same pod
+    for key in (names.SKIP_REASON, names.SKIP_MESSAGE):
+        annotations.pop(key, None)  # of an earlier call for the same pod
     annotations.setdefault(_DEFAULT_CONTAINER, stamp.container)
     metadata["annotations"] = annotations
 
 
-def _marked(pod: Pod, reason: SkipReason) -> Pod:
+def _marked(pod: Pod, skip: Skip) -> Pod:
     metadata = pod.get("metadata") or {}
-    annotations = {**(metadata.get("annotations") or {}), names.SKIP_REASON: str(reason)}
+    annotations = {
+        **(metadata.get("annotations") or {}),
+        names.SKIP_REASON: str(skip.reason),
+        names.SKIP_MESSAGE: skip.message,
+    }
     return {**pod, "metadata": {**metadata, "annotations": annotations}}
 
 

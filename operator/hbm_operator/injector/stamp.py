@@ -78,9 +78,8 @@ def forged_keys(pod: dict[str, Any]) -> tuple[str, ...]:
     if stamp is None or not stamp.holds_for(pod):
         forged += [names.INJECTED] * (names.INJECTED in labels)
         forged += [names.STATUS] * (names.STATUS in annotations)
-    reason = annotations.get(names.SKIP_REASON)
-    if reason is not None and reason not in set(SkipReason):
-        forged.append(names.SKIP_REASON)
+    if annotations.get(names.SKIP_REASON) not in set(SkipReason):
+        forged += [key for key in (names.SKIP_REASON, names.SKIP_MESSAGE) if key in annotations]
     return tuple(forged)
 
 

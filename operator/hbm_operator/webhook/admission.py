@@ -19,8 +19,8 @@ from hbm_operator.injector import (
     NamespaceFacts,
     Outcome,
     SkipReason,
+    failed,
     inject,
-    marked_as_failed,
 )
 from hbm_operator.webhook.metrics import WebhookMetrics
 from hbm_operator.webhook.review import BadReview, Review, allow, answer, read_review
@@ -107,15 +107,7 @@ class Admission:
         except Exception:
             # Whatever it is: a pod without the sidecar is better than none.
             self._log.exception("injection failed", **where)
-            sound = isinstance(pod.get("metadata"), dict) and isinstance(
-                pod["metadata"].get("annotations") or {}, dict
-            )
-            return Injection(
-                marked_as_failed(pod) if sound else pod,
-                Outcome.SKIPPED,
-                SkipReason.INTERNAL_ERROR,
-                ("no HBM sidecar (internal-error): see the log of the webhook",),
-            )
+            return failed(pod)
         if injection.skip_reason not in (None, SkipReason.ALREADY_INJECTED):
             self._log.warning(
                 "not injected", reason=str(injection.skip_reason), why=injection.warnings, **where

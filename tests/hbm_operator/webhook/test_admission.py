@@ -111,7 +111,10 @@ async def test_an_error_of_our_own_lets_the_pod_through_and_marks_it(tmp_path: P
         assert isinstance(response, dict)
         assert response["allowed"] is True
         pod = patched(broken, response)
-        assert pod["metadata"]["annotations"] == {names.SKIP_REASON: "internal-error"}
+        assert pod["metadata"]["annotations"] == {
+            names.SKIP_REASON: "internal-error",
+            names.SKIP_MESSAGE: "see the log of the webhook",
+        }
         assert pod["spec"] == broken["spec"]
         _, text = await webhook.admin("/metrics")
         assert 'reason="internal-error",result="skipped"} 1.0' in text

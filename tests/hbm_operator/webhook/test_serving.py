@@ -123,6 +123,12 @@ async def test_ready_is_an_admission_of_its_own(tmp_path: Path, with_authority: 
         assert SERVER_NAME in text
 
 
+async def test_ready_where_it_listens_on_all_addresses(tmp_path: Path) -> None:
+    mount_pair(tmp_path / "tls", new_pair())
+    async with running(webhook_settings(tmp_path, host="")) as webhook:
+        assert await webhook.admin("/readyz") == (200, "ok\n")
+
+
 async def test_expired_certificate_is_not_ready(tmp_path: Path) -> None:
     mount_pair(tmp_path / "tls", new_pair(lifetime_s=-1.0))
     async with running(webhook_settings(tmp_path)) as webhook:
