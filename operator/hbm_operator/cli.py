@@ -41,6 +41,7 @@ def _webhook(settings: WebhookSettings) -> None:
 def _controller(settings: ControllerSettings) -> None:
     import asyncio
 
+    import prometheus_client
     from hbm_kube.errors import KubeConfigError
 
     from hbm_operator.controller.process import ResourcesMissing, check, control
@@ -50,6 +51,7 @@ def _controller(settings: ControllerSettings) -> None:
     check(settings)
     configure_logs(settings.log_level)
     adopt_library_logs()
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     try:
         asyncio.run(control(settings))
     except KubeConfigError as error:

@@ -207,9 +207,11 @@ def policy_conditions(policy: HBMPolicy, counts: Counts, now: datetime) -> tuple
     """Ready, Progressing and Degraded as they shall be."""
     generation = policy.metadata.generation
     waiting = counts.selected - counts.applied - counts.failed
-    of = f"{counts.applied} of {counts.selected} pods follow generation {generation}."
+    of = f"Pods that follow generation {generation}: {counts.applied} of {counts.selected}."
     if counts.overruled:
-        of += f" {counts.overruled} more match but follow a policy that comes before this one."
+        of += (
+            f" Pods that match but follow a policy that comes before this one: {counts.overruled}."
+        )
     if counts.selected == 0:
         ready = Verdict("Ready", TRUE, "NoPods", "No injected pod follows this policy yet. " + of)
     elif counts.applied == counts.selected:
@@ -217,7 +219,9 @@ def policy_conditions(policy: HBMPolicy, counts: Counts, now: datetime) -> tuple
     else:
         ready = Verdict("Ready", FALSE, "NotAllApplied", of)
     progressing = (
-        Verdict("Progressing", TRUE, "RollingOut", f"{waiting} pods have not answered yet.")
+        Verdict(
+            "Progressing", TRUE, "RollingOut", f"Sidecars that have not answered yet: {waiting}."
+        )
         if waiting
         else Verdict("Progressing", FALSE, "Settled", "")
     )
@@ -232,15 +236,15 @@ def _policy_degraded(counts: Counts) -> Verdict:
             "Degraded",
             TRUE,
             "SidecarsRefuse",
-            f"{counts.failed} sidecars cannot follow this spec; `kubectl get hbmp` and `kubectl "
-            "describe hbmp` say why.",
+            f"Sidecars that cannot follow this spec: {counts.failed}. `kubectl describe hbmp` says "
+            "why.",
         )
     if counts.not_injected:
         return Verdict(
             "Degraded",
             TRUE,
             "PodsNotInjected",
-            f"{counts.not_injected} matching pods ask for the sidecar but run without it; see the "
-            "events of their owners, then recreate them.",
+            f"Matching pods that ask for the sidecar but run without it: {counts.not_injected}. "
+            "See the events of their owners, then recreate them.",
         )
     return Verdict("Degraded", FALSE, str(Reason.AS_EXPECTED), "")

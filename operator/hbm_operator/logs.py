@@ -42,3 +42,5 @@ class _Forwarding(logging.Handler):
 def adopt_library_logs(level: int = logging.WARNING) -> None:
     """What libraries have to say, from `level` on, in the same form as our own logs."""
     logging.basicConfig(handlers=[_Forwarding()], level=level, force=True)
+    # Signals are ours to handle; kopf warns that it does not.
+    logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)

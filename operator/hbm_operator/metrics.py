@@ -80,7 +80,8 @@ class ControllerMetrics:
         )
         self.redis_up = Gauge(
             "hbm_operator_redis_up",
-            "1 while Redis answers the controller; only where there is one.",
+            "1 while Redis answers the controller; no series where there is none.",
+            ["mode"],
             registry=self.registry,
         )
         self.tenants = Gauge(

@@ -72,7 +72,7 @@ class PartitionReconciler:
         if partition is None:
             return await self._make(pod, spec, selection)
         if partition.spec != spec:
-            return await self._change(partition, spec, selection)
+            return await self._change(partition, pod, spec, selection)
         return await self._judge(partition, pod, selection)
 
     def forget(self, partition: Partition) -> None:
@@ -88,17 +88,7 @@ class PartitionReconciler:
     async def _make(self, pod: Pod, spec: HBMPartitionSpec, selection: Selection) -> float | None:
         if pod.uid in self._made_for and not await self._lives(pod):
             return None
-        body = _body(pod.namespace, pod.name, spec)
-        body["metadata"]["ownerReferences"] = [
-            {
-                "apiVersion": "v1",
-                "kind": "Pod",
-                "name": pod.name,
-                "uid": pod.uid,
-                "controller": True,
-                "blockOwnerDeletion": False,
-            }
-        ]
+        body = _body(pod, spec)
         try:
             made = await self._apply(body)
         except Forbidden as error:
@@ -118,9 +108,9 @@ class PartitionReconciler:
         return SETTLE_S
 
     async def _change(
-        self, partition: Partition, spec: HBMPartitionSpec, selection: Selection
+        self, partition: Partition, pod: Pod, spec: HBMPartitionSpec, selection: Selection
     ) -> float:
-        body = _body(partition.namespace, partition.name, spec)
+        body = _body(pod, spec)
         # With the uid an object that has gone, or come back as another, is left alone.
         body["metadata"]["uid"] = partition.uid
         try:
@@ -251,12 +241,23 @@ class PartitionReconciler:
             self._events.record(partition.reference, said.reason, said.message, EventType.WARNING)
 
 
-def _body(namespace: str, name: str, spec: HBMPartitionSpec) -> dict[str, Any]:
+def _body(pod: Pod, spec: HBMPartitionSpec) -> dict[str, Any]:
+    """All that the controller owns of a partition but its conditions: what an apply leaves out is
+    taken away."""
+    owner = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "name": pod.name,
+        "uid": pod.uid,
+        "controller": True,
+        "blockOwnerDeletion": False,
+    }
     return {
         "metadata": {
-            "name": name,
-            "namespace": namespace,
+            "name": pod.name,
+            "namespace": pod.namespace,
             "labels": dict(names.COMPONENT_LABELS),
+            "ownerReferences": [owner],
         },
         "spec": spec.to_object(),
     }

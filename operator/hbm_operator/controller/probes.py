@@ -20,6 +20,7 @@ from hbm_operator.controller.watching import WATCHED
 from hbm_operator.metrics import ControllerMetrics
 from hbm_operator.models.base import ConditionStatus
 
+_PLURALS: Final = frozenset(resource.plural for resource in WATCHED)
 ASK_S: Final = 4.0
 """How long a probe waits for the API server."""
 
@@ -32,7 +33,9 @@ class Heartbeats:
         self._heard: dict[str, float] = {}
 
     def heard(self, plural: str) -> None:
-        """A watch said something, be it a bookmark."""
+        """A watch said something, be it a bookmark. Other paths are not expected to go on."""
+        if plural not in _PLURALS:
+            return
         self._heard[plural] = time.monotonic()
         self._metrics.heard(plural)
 

@@ -62,6 +62,7 @@ class Controller:
             config,
             on_request=self._count_request,
             concurrency=settings.concurrency,
+            timeout_s=settings.request_timeout_s,
             user_agent="hbm-controller",
         )
         self._store = store = Store()

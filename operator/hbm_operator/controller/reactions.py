@@ -55,10 +55,14 @@ class Reactions:
         if _what_matters(before) == _what_matters(after):
             return
         self._queue.add(Key(Kind.PARTITION, one.namespace, one.name))
-        for partition in (before, after):
-            reference = partition.spec.policy_ref if partition and partition.spec else None
-            if reference is not None:
-                self._queue.add(Key(Kind.POLICY, one.namespace, reference.name))
+        was, now = _governed_by(before), _governed_by(after)
+        if was == now:
+            changed = [now] if now is not None else []
+        else:
+            # It moved from one to another; those that match too count it as well.
+            changed = list(self._store.policies.within(one.namespace))
+        for name in changed:
+            self._queue.add(Key(Kind.POLICY, one.namespace, name))
 
     def _policy(self, before: HBMPolicy | None, after: HBMPolicy | None) -> None:
         one = after or before
@@ -99,6 +103,11 @@ class Reactions:
             f"{which} asks for the sidecar but runs without it: {why}.",
             EventType.WARNING,
         )
+
+
+def _governed_by(partition: Partition | None) -> str | None:
+    reference = partition.spec.policy_ref if partition and partition.spec else None
+    return reference.name if reference is not None else None
 
 
 def _what_matters(partition: Partition | None) -> Hashable:

@@ -68,6 +68,7 @@ def rules_of(namespace: str, password: str) -> list[str]:
         "reset",
         "on",
         f"#{_hashed(password)}",
+        "resetchannels",  # Redis 6 begins with all of them
         f"~hbm:{namespace}:*",
         f"&hbm:{namespace}:*",
         "-@all",
@@ -272,7 +273,7 @@ class RedisTenants:
             run_id = str((await self._connected(access).info("server"))["run_id"])
         except (RedisError, OSError, TimeoutError) as error:
             raise self._unavailable(access, error) from error
-        self._metrics.redis_up.set(1)
+        self._up(1)
         if run_id == self._run_id:
             return False
         restarted = bool(self._run_id)
@@ -280,8 +281,12 @@ class RedisTenants:
         self._told.clear()
         return restarted
 
+    def _up(self, up: int) -> None:
+        mode = "embedded" if self._settings.redis_secret else "external"
+        self._metrics.redis_up.labels(mode).set(up)
+
     def _unavailable(self, access: _Access, error: Exception) -> RedisUnavailable:
-        self._metrics.redis_up.set(0)
+        self._up(0)
         return RedisUnavailable(f"Redis at {access.address}: {error or type(error).__name__}")
 
     def _connected(self, access: _Access) -> redis.Redis:

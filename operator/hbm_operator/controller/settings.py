@@ -59,6 +59,9 @@ class ControllerSettings(BaseSettings):
         le=3600.0,
         description="How long to wait at the start for custom resources that are not there, s.",
     )
+    request_timeout_s: float = Field(
+        30.0, ge=0.1, le=300.0, description="Limit of one request to the API server, s."
+    )
     concurrency: int = Field(32, ge=1, le=256, description="Objects that are looked at at once.")
     sidecar_cluster_role: str = Field(
         "hbm-sidecar", description="ClusterRole that each namespace's sidecars are bound to."

@@ -131,7 +131,11 @@ class HBMPartitionStatus(Received):
         None, description="When the sidecar last wrote; it does so every 30 s at least when it can."
     )
     sidecar: SidecarStatus | None = Field(None, description="The sidecar itself.")
-    conditions: tuple[Condition, ...] = Field((), max_length=16, description="See each type.")
+    conditions: tuple[Condition, ...] = Field(
+        (),
+        max_length=16,
+        description="Applied is the sidecar's; Admitted, Degraded and Ready are the controller's.",
+    )
 
 
 class HBMPartition(Received):

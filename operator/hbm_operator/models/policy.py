@@ -212,7 +212,9 @@ class HBMPolicyStatus(Received):
     not_injected: int = Field(
         0, description="Pods that match and ask for the sidecar but run without it."
     )
-    conditions: tuple[Condition, ...] = Field((), max_length=16, description="See each type.")
+    conditions: tuple[Condition, ...] = Field(
+        (), max_length=16, description="Ready, Progressing and Degraded."
+    )
 
 
 class HBMPolicy(Received):
