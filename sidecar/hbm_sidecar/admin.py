@@ -311,7 +311,8 @@ class Admin:
         """Make the next digest; False: it cannot be, and the one before stays."""
         mirror, server = self.observer.mirror, self.observer.server
         assert server is not None
-        view = mirror.view()
+        resident = mirror.view()
+        view = resident.most_tokens(codec.MAX_DIGEST_USERS)
         self._digest_version = mirror.version
         try:
             self._digest = codec.encode_digest(
@@ -328,6 +329,7 @@ class Admin:
                 self._log.warning("digest left out, heartbeats go on", why=str(error))
             self._digest_fault = error.reason
             return False
+        self.prometheus.digest_users_cut.set(len(resident.users) - len(view.users))
         self._digest_sequence += 1
         self._digest_fault = None
         return True

@@ -72,6 +72,7 @@ class SidecarMetrics:
         self.redis_errors = counter("redis_errors", "Heartbeats that could not be stored.")
         self.heartbeats = counter("heartbeats", "Heartbeats stored.")
         self.digest_bytes = gauge("digest_bytes", "Size of the newest digest.")
+        self.digest_users_cut = gauge("digest_users_cut", "Users left out of the newest digest.")
         self.digests = counter("digests", "Digests stored.")
         self.digest_errors = counter("digest_errors", "Digests that could not be encoded.")
         # House.

@@ -17,12 +17,25 @@ from hbm_pool.contracts.records import ResidencyEvent, ResidencySnapshot, UserCa
 
 
 class ResidencyView(NamedTuple):
-    """What a digest says: users with their tokens in no order, coverage as last snapshotted."""
+    """What a digest says: users with their tokens, those last heard of last, and coverage as last
+    snapshotted."""
 
     users: npt.NDArray[np.int64]  # [n]
     tokens: npt.NDArray[np.uint32]  # [n]
     shard_rows: npt.NDArray[np.uint32]  # [s], empty until the first snapshot
     sequence: int
+
+    def most_tokens(self, limit: int) -> ResidencyView:
+        """At most `limit` of the users: those with the most tokens, of equal ones those heard of
+        last.
+
+        A router that does not know of a user's KV may have it all computed again, which costs by
+        its tokens.
+        """
+        if len(self.users) <= limit:
+            return self
+        kept = np.sort(np.argsort(self.tokens, kind="stable")[-limit:])
+        return self._replace(users=self.users[kept], tokens=self.tokens[kept])
 
 
 class ResidencyMirror:
@@ -126,6 +139,7 @@ class ResidencyMirror:
 
     def _apply(self, event: ResidencyEvent) -> None:
         if isinstance(event, UserCached):
+            self._tokens.pop(event.user, None)  # to the end of the order
             self._tokens[event.user] = event.tokens
         else:
             self._tokens.pop(event.user, None)
