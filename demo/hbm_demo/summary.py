@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from hbm_load.records import Outcome, Records
+from hbm_sidecar.explain import starts_move
 
 from hbm_demo.arm import ArmResult
 from hbm_demo.machine import describe
@@ -20,8 +21,6 @@ from hbm_demo.settings import DemoSettings
 
 SCHEMA_VERSION: Final = 1
 P99_FROM_N: Final = 1000
-_MOVE_ENDS_S: Final = 1.0
-"""Longer than the pause between two steps of a ramp: ticks and samples are 0.2 s apart."""
 _PACKAGES: Final = ("hbm-partition", "torch", "numpy", "numba", "fbgemm_gpu-cpu", "redis", "uvloop")
 
 
@@ -144,7 +143,7 @@ def _arm(result: ArmResult, slo_ms: float) -> dict[str, Any]:
             label: _regime(result, series, index, slo_ms)
             for index, label in enumerate(records.labels)
         },
-        "alpha": _alpha(series),
+        "alpha": _alpha(series, result.decisions),
         "evictions": {
             "kv_users": int(totals["kv_evicted_users"]),
             "emb_rows": int(totals["emb_evictions"]),
@@ -226,32 +225,20 @@ def _grown(
     return total
 
 
-def _alpha(series: Mapping[str, NodeSeries]) -> dict[str, float | int | None]:
-    """Range of the applied α and its moves, as seen between samples."""
+def _alpha(
+    series: Mapping[str, NodeSeries], decisions: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, float | int | None]:
+    """Range of the applied α, and the moves that were decided and commanded."""
     values = np.concatenate([each.alpha for each in series.values()])
-    directions = [_directions(each) for each in series.values()]
-    up, down = (sum(moves.count(way) for moves in directions) for way in (1, -1))
+    started = [record for each in decisions.values() for record in each if starts_move(record)]
+    up = sum(bool(record["target"] > record["alpha"]) for record in started)
     return {
         "min": float(values.min()) if len(values) else None,
         "max": float(values.max()) if len(values) else None,
-        "moves": up + down,
+        "moves": len(started),
         "moves_up": up,
-        "moves_down": down,
+        "moves_down": len(started) - up,
     }
-
-
-def _directions(series: NodeSeries) -> list[int]:
-    """1 or -1 for each move of one node. A ramp is many steps but one move: steps in one direction
-    belong together until α has stood still for `_MOVE_ENDS_S`, or turns."""
-    steps = np.diff(series.alpha)
-    moves: list[int] = []
-    last_s = -np.inf
-    for index in np.flatnonzero(np.abs(steps) > 1e-9):
-        way, time_s = int(np.sign(steps[index])), float(series.time_s[index + 1])
-        if not moves or moves[-1] != way or time_s - last_s > _MOVE_ENDS_S:
-            moves.append(way)
-        last_s = time_s
-    return moves
 
 
 def _decisions(result: ArmResult) -> dict[str, float | int | None]:

@@ -17,6 +17,7 @@ from hbm_load.generate import generate
 from hbm_load.records import Outcome, Records
 from hbm_load.scenario import load_scenario
 from hbm_load.trace import Trace
+from hbm_policy import Reason
 from hbm_pool.contracts.records import DECISION
 
 NODES = ("node-0", "node-1")
@@ -85,6 +86,18 @@ def finished_records(trace: Trace, latency_ms: float, alpha: float) -> Records:
     return records
 
 
+def decide_move(decisions: np.ndarray, place: int, alpha: float, goal: float) -> None:
+    """A move that starts at `place`, its ramp of three steps, and the rest after it."""
+    steps = np.linspace(alpha, goal, 4)
+    decisions["reasons"][place : place + 3] = int(Reason.RAMPING)
+    decisions["reasons"][place] |= np.uint64(int(Reason.MOVE_STARTED))
+    decisions["alpha"][place : place + 3], decisions["target"][place : place + 3] = (
+        steps[:-1],
+        steps[1:],
+    )
+    decisions["alpha"][place + 3 :] = decisions["target"][place + 3 :] = goal
+
+
 def arm_result(trace: Trace, arm: Arm, latency_ms: float) -> ArmResult:
     """α wanders 0.5 -> 0.8 -> 0.2 in the adaptive arm and stays at 0.5 in the fixed one."""
     records = finished_records(trace, latency_ms, 0.5)
@@ -115,6 +128,10 @@ def arm_result(trace: Trace, arm: Arm, latency_ms: float) -> ArmResult:
     decisions = {node: np.zeros(600, dtype=DECISION) for node in NODES}
     for each in decisions.values():
         each["latency_us"] = np.arange(600)
+        each["generation"], each["alpha"], each["target"] = 7, 0.5, 0.5
+        if arm.name == "adaptive":
+            decide_move(each, 60, 0.5, 0.8)
+            decide_move(each, 240, 0.8, 0.2)
     machine = MachineReport(2, duration, 0.5, 0.01, 0.2, {"router": Scheduling(1.0, 0.1)})
     times = {node: np.arange(600.0) for node in NODES}
     return ArmResult(arm, NODES, records, samples, decisions, times, {}, machine, [])

@@ -48,18 +48,13 @@ def test_every_promised_field_is_there(summary: dict, arms: list[ArmResult]) -> 
     assert summary["refill_bytes"] > 0
 
 
-def test_a_ramp_is_one_move(arms: list[ArmResult], optima) -> None:
-    """Up in steps, a rest, further up, then down: three moves of each of two nodes."""
-    ramp = [0.5, 0.55, 0.6, 0.6, 0.65, *[0.65] * 8, 0.7, 0.75, 0.7, 0.6]
-    first = arms[0].samples[0]
-    samples = [
-        first._replace(time_s=0.2 * place, alpha=alpha, node=node)
-        for place, alpha in enumerate(ramp)
-        for node in arms[0].nodes
-    ]
-    arm = arms[0]._replace(samples=samples)
+def test_moves_that_were_not_commanded_do_not_count(arms: list[ArmResult], optima) -> None:
+    """A ramp is one move; in mode recommend, or while α is held, none is carried out."""
+    decisions = {node: each.copy() for node, each in arms[0].decisions.items()}
+    decisions["node-0"]["generation"][200:] = 0  # the move down is only recommended
+    arm = arms[0]._replace(decisions=decisions)
     made = summarise(SETTINGS, [arm], optima, ScoreCheck(38, 0, 1e-7, ""), 50.0, 200.0)
-    assert made["alpha"] == {"min": 0.5, "max": 0.75, "moves": 6, "moves_up": 4, "moves_down": 2}
+    assert made["alpha"] == {"min": 0.2, "max": 0.8, "moves": 3, "moves_up": 2, "moves_down": 1}
 
 
 def test_alpha_and_its_moves_are_counted_per_node(summary: dict) -> None:
