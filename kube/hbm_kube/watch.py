@@ -30,6 +30,7 @@ PROVEN_S: Final = 30.0
 RELIST_AFTER: Final = 3
 """Streams failed in a row until the version itself is distrusted: a server that was set back to an
 older state waits in silence for a version that will not come."""
+_TYPES: Final = ("ADDED", "MODIFIED", "DELETED", "BOOKMARK", "ERROR")
 _REMEMBERED: Final = ("name", "namespace", "uid", "labels", "ownerReferences")
 
 
@@ -68,6 +69,8 @@ class Watcher:
         try:
             event = orjson.loads(line)
             kind, item = event["type"], event["object"]
+            if kind not in _TYPES:
+                raise KeyError(kind)
             if kind == "ERROR":
                 raise from_status(item, 500, what)
             self.version = item["metadata"]["resourceVersion"]
@@ -79,7 +82,7 @@ class Watcher:
                 self._known.pop(item["metadata"]["uid"], None)
             else:
                 self._remember(item)
-        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise Unavailable(f"{what}: a line that is no event ({error!r})") from error
         return WatchEvent(kind, item)
 

@@ -484,6 +484,21 @@ async def test_a_status_is_written_by_its_own_pod_only(alone: World) -> None:
     assert alone.status() == {}
 
 
+def test_outside_of_a_cluster_alpha_is_held(
+    tmp_path: Path, start_sidecar: Callable[..., Sidecar], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod is not to lose its model server over a sidecar that was set up wrongly."""
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    sidecar = start_sidecar(
+        *("--kube-token-dir", str(tmp_path), "--pod-name", POD, "--pod-uid", "u"),
+    )
+    answer = sidecar.control("GET", "/v1/partition").json()
+    assert answer["partition"]["mode"] == "hold"
+    assert "there is none yet" in answer["owner"]
+    assert "KUBERNETES_SERVICE_HOST is not set" in sidecar.log.read_text()
+    assert sidecar.public("/healthz").status_code == 200
+
+
 # -- Redis from a Secret ------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ from hbm_sidecar.cluster_status import (
     measured,
     status_of,
 )
+from hbm_sidecar.launch import LaunchError, configuration
 from hbm_sidecar.partition import ModeName, Partition, PartitionRefused
 from hypothesis import given
 from hypothesis import strategies as st
@@ -373,3 +374,19 @@ def test_reports_of_a_fleet_spread() -> None:
         pacing.told(report(), 0.0)
         times.add(next(t for t in range(200) if pacing.due(report(), float(t))))
     assert len(times) > 15
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"kube_token_dir": "/t"}, "pod_name and pod_uid are needed"),
+        ({"kube_token_dir": "/t", "policy_file": "/p"}, "kube_token_dir and policy_file are both"),
+        (
+            {"redis_url": "redis://h", "redis_url_file": "/u", "node_url": "http://h"},
+            "redis_url and redis_url_file are both",
+        ),
+    ],
+)
+def test_settings_that_exclude_each_other(given: dict[str, str], complaint: str) -> None:
+    with pytest.raises(LaunchError, match=complaint):
+        configuration(given)
