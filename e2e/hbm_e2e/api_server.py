@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hbm_e2e.control_plane import ControlPlane, Endpoints, Flags
+from hbm_e2e.daemon import Daemon
 from hbm_e2e.errors import HarnessError
 from hbm_e2e.kubectl import Kubectl
 from hbm_e2e.toolchain import Toolchain
@@ -64,7 +65,7 @@ class ApiServer:
                 self.stop()
                 taken = any(
                     daemon.log.exists() and "address already in use" in daemon.log.read_text()
-                    for daemon in plane.daemons
+                    for daemon in self._daemons(plane)
                 )
                 if not taken or attempt == 2:
                     raise
@@ -80,7 +81,7 @@ class ApiServer:
         """End the processes; the folder stays."""
         if self._control_plane is not None:
             # Nothing is kept, so nothing has to be written down: no graceful end, no waiting.
-            for daemon in self._control_plane.daemons:
+            for daemon in self._daemons(self._control_plane):
                 daemon.kill()
             self._control_plane = None
 
@@ -141,6 +142,10 @@ class ApiServer:
         """End of the outage, on the same port."""
         self.control_plane.start(self.control_plane.api_server)
         self.control_plane.wait_ready()
+
+    def _daemons(self, plane: ControlPlane) -> list[Daemon]:
+        always = [plane.api_server, plane.etcd]
+        return [plane.controller_manager, *always] if self._with_controllers else always
 
     def _plane_on_free_ports(self) -> ControlPlane:
         with socket.socket() as a, socket.socket() as b, socket.socket() as c:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from hbm_e2e.daemon import Daemon
@@ -52,7 +53,7 @@ class Flags:
 
 
 class ControlPlane:
-    """The four processes; each can be killed and started again on its own.
+    """The four processes; each can be killed and started again on its own, and one may use fewer.
 
     `enter` goes before every command (a network namespace, say). `public_url` is where kubectl on
     this machine finds the API server, if not at the address it listens on.
@@ -79,17 +80,27 @@ class ControlPlane:
             folder / "admin.kubeconfig", public_url or endpoints.url, admin
         )
         self.kubectl = Kubectl(toolchain.path("kubectl"), self.kubeconfig)
-        self.etcd = Daemon("etcd", self._etcd_command(), folder)
-        self.api_server = Daemon("kube-apiserver", self._api_server_command(), folder)
-        self.controller_manager = Daemon(
-            "kube-controller-manager", self._controller_manager_command(), folder
-        )
-        self.scheduler = Daemon("kube-scheduler", self._scheduler_command(), folder)
+
+    @cached_property
+    def etcd(self) -> Daemon:
+        return Daemon("etcd", self._etcd_command(), self.folder)
+
+    @cached_property
+    def api_server(self) -> Daemon:
+        return Daemon("kube-apiserver", self._api_server_command(), self.folder)
+
+    @cached_property
+    def controller_manager(self) -> Daemon:
+        command = self._controller_manager_command()
+        return Daemon("kube-controller-manager", command, self.folder)
+
+    @cached_property
+    def scheduler(self) -> Daemon:
+        return Daemon("kube-scheduler", self._scheduler_command(), self.folder)
 
     @property
     def daemons(self) -> tuple[Daemon, ...]:
-        """In the order in which they are stopped."""
-        return self.scheduler, self.controller_manager, self.api_server, self.etcd
+        return self.etcd, self.api_server, self.controller_manager, self.scheduler
 
     def start(self, *daemons: Daemon) -> None:
         """Start the given parts in this order (each unless running)."""
@@ -106,10 +117,6 @@ class ControlPlane:
             return self.kubectl.ready()
 
         wait_for(ready, timeout_s, "the API server", because=self.api_server.last_words)
-
-    def stop(self) -> None:
-        for daemon in self.daemons:
-            daemon.stop()
 
     def component_kubeconfig(self, name: str, subject: str) -> Path:
         """A kubeconfig for a component that reaches the API server at its own address."""

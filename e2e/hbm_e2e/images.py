@@ -20,7 +20,8 @@ BASE = "docker.io/library/debian:12-slim"
 """What a Dockerfile's FROM says; the store answers with its own Debian 12."""
 SUITE = "bookworm"
 REPOSITORY = "docker.io/hbm-partition"
-TAG = "e2e"
+TAG = "0.1.0"
+"""The chart's appVersion: what the commands of the documents name, without a further setting."""
 PROJECT = PACKAGE_ROOT.parent
 TARGETS = ("operator", "sidecar", "router", "redis")
 """Of `images/Dockerfile`. Not `server`: with torch it takes gigabytes on every node."""

@@ -5,16 +5,20 @@ sees the machine's disk, so the server runs from the environment that the tests 
 these tests alone, never of the chart.
 """
 
+import hashlib
 import os
 import sysconfig
 import tomllib
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from hbm_e2e.images import PROJECT
+from hbm_e2e.places import cache_dir
 
 PACKAGES = "/environment/site-packages"
 SOURCES = "/environment/sources"
+KERNELS = "/environment/kernels"
 
 
 def with_environment(pod_spec: dict[str, Any], container: str) -> dict[str, Any]:
@@ -23,7 +27,11 @@ def with_environment(pod_spec: dict[str, Any], container: str) -> dict[str, Any]
     Its image needs the same Python (3.11) and nothing else.
     """
     spec = deepcopy(pod_spec)
-    mounts = {PACKAGES: sysconfig.get_path("platlib"), SOURCES: os.fspath(PROJECT)}
+    mounts = {
+        PACKAGES: sysconfig.get_path("platlib"),
+        SOURCES: os.fspath(PROJECT),
+        KERNELS: os.fspath(_kernels()),
+    }
     volumes = spec.setdefault("volumes", [])
     for number, source in enumerate(mounts.values()):
         shown = {"path": source, "type": "Directory"}
@@ -31,7 +39,11 @@ def with_environment(pod_spec: dict[str, Any], container: str) -> dict[str, Any]
     for changed in spec["containers"]:
         if changed["name"] == container:
             changed.setdefault("volumeMounts", []).extend(
-                {"name": f"environment-{number}", "mountPath": place, "readOnly": True}
+                {
+                    "name": f"environment-{number}",
+                    "mountPath": place,
+                    "readOnly": place != KERNELS,
+                }
                 for number, place in enumerate(mounts)
             )
             path = ":".join([*(f"{SOURCES}/{room}" for room in _rooms()), PACKAGES])
@@ -39,6 +51,7 @@ def with_environment(pod_spec: dict[str, Any], container: str) -> dict[str, Any]
                 [
                     {"name": "PYTHONPATH", "value": path},
                     {"name": "PYTHONDONTWRITEBYTECODE", "value": "1"},
+                    {"name": "NUMBA_CACHE_DIR", "value": KERNELS},
                 ]
             )
             return spec
@@ -49,3 +62,15 @@ def _rooms() -> list[str]:
     settings = tomllib.loads((PROJECT / "pyproject.toml").read_text())
     rooms: list[str] = settings["tool"]["hatch"]["build"]["dev-mode-dirs"]
     return rooms
+
+
+def _kernels() -> Path:
+    """What the first pod compiles for all others: one folder per state of the sources, as numba
+    does not notice a changed kernel that another file has compiled in."""
+    state = hashlib.sha256()
+    for source in sorted((PROJECT / "pool" / "hbm_pool").rglob("*.py")):
+        state.update(source.read_bytes())
+    folder = cache_dir() / "kernels" / state.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o1777)  # pods run as users of their own
+    return folder

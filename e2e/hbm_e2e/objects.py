@@ -1,0 +1,39 @@
+"""What tests read out of Kubernetes objects."""
+
+from collections.abc import Mapping
+from typing import Any
+
+Object = Mapping[str, Any]
+
+
+def name(of: Object) -> str:
+    """`metadata.name`."""
+    found: str = of["metadata"]["name"]
+    return found
+
+
+def condition(of: Object, kind: str) -> tuple[str, str]:
+    """Status and reason of a condition; empty while there is none."""
+    for found in of.get("status", {}).get("conditions", ()):
+        if found["type"] == kind:
+            return found["status"], found.get("reason", "")
+    return "", ""
+
+
+def is_ready(pod: Object) -> bool:
+    """Ready and not on its way out."""
+    return "deletionTimestamp" not in pod["metadata"] and condition(pod, "Ready")[0] == "True"
+
+
+def containers(pod: Object) -> list[Any]:
+    """Status of every container that stays: ordinary ones, and init containers that are sidecars."""
+    staying = {
+        one["name"]
+        for one in pod["spec"].get("initContainers", ())
+        if one.get("restartPolicy") == "Always"
+    }
+    status = pod["status"]
+    return [
+        *(one for one in status.get("initContainerStatuses", ()) if one["name"] in staying),
+        *status.get("containerStatuses", ()),
+    ]
