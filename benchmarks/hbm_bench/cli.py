@@ -54,10 +54,10 @@ def _rows(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix, str(value))]
 
 
-def _run(name: str, quick: bool, seed: int) -> dict[str, Any]:
+def _run(name: str, quick: bool, seed: int, **options: Any) -> dict[str, Any]:
     module = importlib.import_module(f"hbm_bench.{name.replace('-', '_')}")
     started = time.perf_counter()
-    figures = module.run(quick=quick, seed=seed)
+    figures = module.run(quick=quick, seed=seed, **options)
     return {
         "benchmark": name,
         "seed": seed,
@@ -138,3 +138,36 @@ def run_gpu(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     _print(result)
+
+
+@app.command("operator")
+def run_operator(
+    quick: Quick = False,
+    seed: Seed = 1,
+    partitions: Annotated[
+        int, typer.Option(min=600, help="Pods in the full run, each with its sidecar.")
+    ] = 5000,
+    as_json: Json = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write as well.")] = None,
+) -> None:
+    """The operator at scale: a real API server and etcd, no nodes (exits 1 if a goal is missed)."""
+    from hbm_e2e.api_server import PROGRAMS
+    from hbm_e2e.toolchain import Toolchain
+
+    if missing := Toolchain().missing(PROGRAMS):
+        typer.echo(
+            f"hbm bench operator: not built: {', '.join(missing)}; run PYTHONPATH=e2e "
+            f"python3.11 -m hbm_e2e build {' '.join(PROGRAMS)}",
+            err=True,
+        )
+        raise typer.Exit(2)
+    result = _run("operator", quick, seed, partitions=partitions)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        _print(result)
+    if not quick and not all(goal["met"] for goal in result["figures"]["goals"].values()):
+        raise typer.Exit(1)
