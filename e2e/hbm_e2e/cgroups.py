@@ -25,8 +25,8 @@ class Cgroups:
 
     def make(self) -> None:
         """Fresh groups: leftovers of a killed node would cost its kubelet seconds each."""
-        self.remove()
         for hierarchy in hierarchies():
+            _remove_tree(hierarchy / self._cluster / self._node)
             group = hierarchy
             for part in (self._cluster, self._node):
                 group /= part

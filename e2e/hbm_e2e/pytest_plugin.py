@@ -76,10 +76,12 @@ def cluster() -> Iterator[AnyCluster]:
         raise pytest.UsageError(f"CLUSTER is {kind!r}; it may be `own` or `existing`")
     own = Cluster()
     ran = own.is_up()
-    own.up()
-    yield own
-    if not ran and not os.environ.get("HBM_E2E_KEEP"):
-        own.down()
+    try:
+        own.up()
+        yield own
+    finally:
+        if not ran and not os.environ.get("HBM_E2E_KEEP"):
+            own.down()
 
 
 @pytest.fixture
