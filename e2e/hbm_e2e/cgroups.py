@@ -36,7 +36,8 @@ class Cgroups:
 
     def remove(self) -> None:
         """Only what is below this node's group; a group with a living process stays."""
-        for hierarchy in hierarchies():
+        # The runtime makes a group beside ours in the hierarchy of systemd's version 2, if any.
+        for hierarchy in (*hierarchies(), ROOT / "unified"):
             _remove_tree(hierarchy / self._cluster / self._node)
             _remove_if_empty(hierarchy / self._cluster)
 
