@@ -33,11 +33,13 @@ class Verdict(NamedTuple):
 
 
 def is_silent(partition: Partition, pod: Pod, now: datetime, stale_s: float) -> bool:
-    """The pod runs, and its sidecar has not written for `stale_s` seconds."""
+    """The pod runs, and its sidecar has not written for `stale_s` seconds, though it had the time:
+    it counts from its start at the earliest."""
     if pod.phase != "Running" or pod.terminating:
         return False
     last = partition.status.last_report_time or partition.created
-    return now - last > timedelta(seconds=stale_s)
+    since = max(last, pod.sidecar_started or last)
+    return now - since > timedelta(seconds=stale_s)
 
 
 def applied(partition: Partition) -> Condition | None:

@@ -51,6 +51,8 @@ class Pod(NamedTuple):
     terminating: bool
     owner: Reference | None
     """The object that controls the pod, such as its ReplicaSet."""
+    sidecar_started: datetime | None = None
+    """When the sidecar's container last started; None while it does not run."""
 
     @classmethod
     def of(cls, pod: Object) -> Pod:
@@ -79,6 +81,7 @@ class Pod(NamedTuple):
                 controller.name,
                 controller.uid,
             ),
+            sidecar_started=_started(pod.get("status") or {}),
         )
 
     @property
@@ -89,6 +92,16 @@ class Pod(NamedTuple):
     @property
     def reference(self) -> Reference:
         return Reference("v1", "Pod", self.namespace, self.name, self.uid)
+
+
+def _started(status: Object) -> datetime | None:
+    for list_ in ("initContainerStatuses", "containerStatuses"):
+        for container in status.get(list_) or ():
+            if container.get("name") == names.SIDECAR_CONTAINER:
+                running = (container.get("state") or {}).get("running") or {}
+                at = running.get("startedAt")
+                return datetime.fromisoformat(at) if at else None
+    return None
 
 
 class Partition(NamedTuple):

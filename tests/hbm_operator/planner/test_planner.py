@@ -199,6 +199,31 @@ def test_only_the_silence_of_a_running_pod_counts(
     assert (degraded.reason == "SidecarSilent") == silent
 
 
+@given(age_s=st.integers(0, 300))
+def test_a_sidecar_that_just_started_has_the_time_to_speak(age_s: int) -> None:
+    """Its image may have been pulled for minutes, and a restart interrupts its reports."""
+    started = NOW - timedelta(seconds=age_s)
+    pod = as_pod({})._replace(sidecar_started=started)
+    found = partition_conditions(as_partition(), pod, select([], pod), now=NOW, stale_s=STALE_S)
+    degraded = next(one for one in found if one.type == "Degraded")
+    assert (degraded.reason == "SidecarSilent") == (age_s > STALE_S)
+
+
+def test_the_start_of_the_sidecar_is_read_off_the_pod() -> None:
+    status = {
+        "initContainerStatuses": [
+            {"name": "other", "state": {"running": {"startedAt": "2026-01-01T10:00:00Z"}}},
+            {"name": "hbm-sidecar", "state": {"running": {"startedAt": "2026-01-01T11:00:00Z"}}},
+        ]
+    }
+    metadata = {"name": "a", "namespace": "ns", "uid": "u"}
+    assert Pod.of({"metadata": metadata, "status": status}).sidecar_started == datetime(
+        2026, 1, 1, 11, tzinfo=UTC
+    )
+    status["initContainerStatuses"][1]["state"] = {"waiting": {"reason": "CrashLoopBackOff"}}
+    assert Pod.of({"metadata": metadata, "status": status}).sidecar_started is None
+
+
 def test_a_condition_that_stays_the_same_is_not_written_again_as_time_goes_by() -> None:
     pod = as_pod({})
     partition = as_partition(lastReportTime=(NOW - timedelta(seconds=100)).isoformat())
