@@ -10,17 +10,18 @@ import numpy.typing as npt
 import pytest
 from hbm_policy import CostConstants, Curve, PolicyState, Reading, decide
 from hbm_policy.twin import Twin
-from hbm_pool.contracts.history import page_fingerprints, table_rows
-from hbm_pool.contracts.identity import row_keys, sampled
+from hbm_pool.contracts.history import page_fingerprints
+from hbm_pool.contracts.identity import sampled
 from hbm_pool.contracts.records import (
     CURVES,
-    CostModel,
     Mode,
     RequestSample,
     RowClass,
     ServerInfo,
     TableMap,
 )
+
+from tests.small_server import keys_of, small_server
 
 TICK_NS = 250_000_000
 COSTS = CostConstants(0.5, 0.02, 1e-5, (0.05, 0.03))
@@ -72,29 +73,6 @@ def _reading(tick: int = 1, **fields: Any) -> Reading:
     return Reading(**(values | fields))
 
 
-def _info(**fields: Any) -> ServerInfo:
-    """A small server: 64 extents of 4 pages of 4 tokens, two width classes."""
-    values: dict[str, Any] = {
-        "node": "n",
-        "model": "m",
-        "extents": 64,
-        "extent_bytes": 4096,
-        "page_tokens": 4,
-        "pages_per_extent": 4,
-        "max_sequence_tokens": 128,
-        "drop_block_tokens": 32,
-        "tables": (TableMap("item", 3000, 0, False), TableMap("side", 500, 1, True)),
-        "classes": (RowClass(64, 32, 3000, (0,)), RowClass(32, 64, 500, (1,))),
-        "cost_model": CostModel.SERIAL,
-        "sample_rate": 1.0,
-        "alpha_min": 0.1,
-        "alpha_max": 0.9,
-        "slo_ms": 50.0,
-        "device": "cpu",
-    }
-    return ServerInfo(**(values | fields))
-
-
 def _stream(
     info: ServerInfo, seed: int, requests: int, *, users: int = 12, items: int = 300
 ) -> list[RequestSample]:
@@ -109,13 +87,6 @@ def _stream(
         # Other seeds make other rows hot: a sample of rows is not judged by one draw of them.
         return (ranks * 7 + seed * 131) % info.tables[0].rows
 
-    def keys_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-        columns = [
-            row_keys(index, table_rows(ids, index, table.rows, table.hashed))
-            for index, table in enumerate(info.tables)
-        ]
-        return np.stack(columns, axis=1).reshape(-1)
-
     for _ in range(requests):
         user = int(random.integers(0, users + 1))
         history = known.get(user, draw(int(random.integers(0, 60))))
@@ -125,7 +96,7 @@ def _stream(
         history = history[-info.max_sequence_tokens :]
         known[user] = history
         candidates = draw(8)
-        rows, wanted = keys_of(history), keys_of(candidates)
+        rows, wanted = keys_of(info, history), keys_of(info, candidates)
         chosen = np.flatnonzero(sampled(rows, info.sample_rate))
         samples.append(
             RequestSample(
@@ -171,7 +142,7 @@ def reading() -> Callable[..., Reading]:
 
 @pytest.fixture(scope="session")
 def make_info() -> Callable[..., ServerInfo]:
-    return _info
+    return small_server
 
 
 @pytest.fixture(scope="session")

@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 from hbm_policy import CostConstants
-from hbm_pool.contracts.history import page_fingerprints, table_rows
-from hbm_pool.contracts.identity import row_keys
-from hbm_pool.contracts.records import CostModel, RequestSample, RowClass, ServerInfo, TableMap
+from hbm_pool.contracts.history import page_fingerprints
+from hbm_pool.contracts.records import RequestSample, ServerInfo
 from hbm_sim import SimRequest
 
-
-def _info(**fields: Any) -> ServerInfo:
-    values: dict[str, Any] = {
-        "node": "n",
-        "model": "m",
-        "extents": 96,
-        "extent_bytes": 4096,
-        "page_tokens": 4,
-        "pages_per_extent": 4,
-        "max_sequence_tokens": 128,
-        "drop_block_tokens": 32,
-        "tables": (TableMap("item", 3000, 0, False), TableMap("side", 500, 1, True)),
-        "classes": (RowClass(64, 32, 3000, (0,)), RowClass(32, 64, 500, (1,))),
-        "cost_model": CostModel.SERIAL,
-        "sample_rate": 1.0,
-        "alpha_min": 0.1,
-        "alpha_max": 0.9,
-        "slo_ms": 50.0,
-        "device": "cpu",
-    }
-    return ServerInfo(**(values | fields))
-
-
-def _keys(info: ServerInfo, items: np.ndarray) -> np.ndarray:
-    columns = [
-        row_keys(index, table_rows(items, index, table.rows, table.hashed))
-        for index, table in enumerate(info.tables)
-    ]
-    return np.stack(columns, axis=1).reshape(-1)
+from tests.small_server import keys_of, small_server
 
 
 def _requests(
@@ -71,7 +42,7 @@ def _requests(
         history = np.concatenate([history, draw(2)])[-info.max_sequence_tokens :]
         known[user] = history
         candidates = draw(8)
-        rows_of, wanted = _keys(info, history), _keys(info, candidates)
+        rows_of, wanted = keys_of(info, history), keys_of(info, candidates)
         sample = RequestSample(
             user=user,
             history_tokens=len(history),
@@ -99,7 +70,7 @@ def _requests(
 
 @pytest.fixture(scope="session")
 def make_info() -> Callable[..., ServerInfo]:
-    return _info
+    return functools.partial(small_server, extents=96)
 
 
 @pytest.fixture(scope="session")
