@@ -53,18 +53,18 @@ class Kubectl:
     """kubectl with one kubeconfig; words are passed as they are."""
 
     def __init__(self, program: Path | str, kubeconfig: Path, namespace: str | None = None) -> None:
-        self._program = program
+        self.program = program
         self.kubeconfig = kubeconfig
         self._namespace = namespace
 
     def within(self, namespace: str) -> "Kubectl":
         """The same runner with another default namespace."""
-        return Kubectl(self._program, self.kubeconfig, namespace)
+        return Kubectl(self.program, self.kubeconfig, namespace)
 
     def command(self, *words: str) -> list[str]:
         """The full command line, for callers that run it themselves (logs -f, port-forward)."""
         namespace = ["--namespace", self._namespace] if self._namespace else []
-        return [str(self._program), "--kubeconfig", str(self.kubeconfig), *namespace, *words]
+        return [str(self.program), "--kubeconfig", str(self.kubeconfig), *namespace, *words]
 
     def __call__(self, *words: str, given: str | None = None, timeout_s: float = 120) -> str:
         return run(self.command(*words), given=given, timeout_s=timeout_s)
@@ -122,8 +122,8 @@ class Helm:
     """helm with one kubeconfig and a home of its own."""
 
     def __init__(self, program: Path | str, kubeconfig: Path, home: Path) -> None:
-        self._program = program
-        self._environ = {
+        self.program = program
+        self.environ = {
             "KUBECONFIG": str(kubeconfig),
             "HELM_CACHE_HOME": str(home / "cache"),
             "HELM_CONFIG_HOME": str(home / "config"),
@@ -131,4 +131,4 @@ class Helm:
         }
 
     def __call__(self, *words: str, timeout_s: float = 300) -> str:
-        return run([str(self._program), *words], timeout_s=timeout_s, environ=self._environ)
+        return run([str(self.program), *words], timeout_s=timeout_s, environ=self.environ)

@@ -1,9 +1,14 @@
+"""What the tests of the whole system share: images, and stories that end at their first failure."""
+
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from hbm_e2e.cluster import AnyCluster, Cluster
 
 DATA = Path(__file__).parent / "data"
+BROKEN_OFF = pytest.StashKey[str]()
+"""Of a file marked `story`: its first test that failed."""
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +19,37 @@ def python_image(cluster: AnyCluster) -> str:
         folder = DATA / "python"
         cluster.load([cluster.images.build(folder / "Dockerfile", folder, name)])
     return name
+
+
+@pytest.fixture(scope="session")
+def project_images(cluster: AnyCluster, python_image: str) -> None:
+    """The images of `images/Dockerfile` from this source tree, on every node of our own cluster."""
+    if isinstance(cluster, Cluster):
+        cluster.load(cluster.images.build_project())
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "story: each test of the file begins where the one before it ended"
+    )
+    config.addinivalue_line(
+        "markers", "e2e_full: kills, power cuts and hours of certificates; `make e2e-full`"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remember where a story broke off."""
+    report = yield
+    if report.failed and item.get_closest_marker("story") and item.parent is not None:
+        item.parent.stash.setdefault(BROKEN_OFF, item.name)
+    return report
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("story") and item.parent is not None:
+        broken = item.parent.stash.get(BROKEN_OFF, None)
+        if broken:
+            pytest.skip(f"the story broke off at {broken}")
