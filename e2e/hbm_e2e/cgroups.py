@@ -1,5 +1,6 @@
 """Control groups (version 1) of one node: a folder of its own in every hierarchy."""
 
+import os
 from pathlib import Path
 
 from hbm_e2e.errors import HarnessError
@@ -8,6 +9,10 @@ ROOT = Path("/sys/fs/cgroup")
 CONTROLLERS = (
     *("cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids", "systemd"),
 )
+
+
+SHARES_PER_CORE = 1024
+"""Of a node, as its kubelet counts; the kernel's default for a whole group is that of one core."""
 
 
 def hierarchies() -> list[Path]:
@@ -33,6 +38,8 @@ class Cgroups:
                 group.mkdir(exist_ok=True)
                 if hierarchy.name == "cpuset":
                     _inherit_cpus(group)
+            if hierarchy.name == "cpu":
+                _weigh(group)
 
     def remove(self) -> None:
         """Only what is below this node's group; a group with a living process stays."""
@@ -40,6 +47,14 @@ class Cgroups:
         for hierarchy in (*hierarchies(), ROOT / "unified"):
             _remove_tree(hierarchy / self._cluster / self._node)
             _remove_if_empty(hierarchy / self._cluster)
+
+
+def _weigh(node: Path) -> None:
+    """A node weighs what its cores do, a cluster what its nodes do: else all pods together would
+    get as much time on a busy machine as one process outside."""
+    (node / "cpu.shares").write_text(str(SHARES_PER_CORE * (os.cpu_count() or 1)))
+    together = sum(int(shares.read_text()) for shares in node.parent.glob("*/cpu.shares"))
+    (node.parent / "cpu.shares").write_text(str(together))
 
 
 def _inherit_cpus(group: Path) -> None:
