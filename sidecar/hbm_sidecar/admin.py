@@ -26,7 +26,7 @@ from hbm_pool.contracts.records import COMMAND, INTENT
 
 from hbm_sidecar.api import PartitionAnswer, control_app, public_app
 from hbm_sidecar.cluster import ClusterPartition
-from hbm_sidecar.cluster_link import ClusterLink, KubeMetrics
+from hbm_sidecar.cluster_link import ABSENT_S, ClusterLink, KubeMetrics
 from hbm_sidecar.cluster_status import REPORT_S, last_decision, measured, sidecar
 from hbm_sidecar.config import SidecarConfig
 from hbm_sidecar.explain import explain_view, explained, wall_offset_ns
@@ -294,7 +294,8 @@ class Admin:
         observer, rates = self.observer, self._report_window.rates
         values = measured(
             observer.telemetry,
-            fresh=observer.server_fresh(),
+            # A pause that is no absence yet does not blank the object's columns for half a minute.
+            fresh=observer.telemetry_age_s() <= ABSENT_S,
             target=observer.target,
             anchor=observer.anchor,
             kv_hit_ratio=rates.kv_hit_ratio,
