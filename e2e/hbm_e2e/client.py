@@ -1,14 +1,22 @@
 """Open-loop load from inside the cluster's network, and what became of each request."""
 
+import itertools
+import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hbm_load.records import Outcome, Records
 
 from hbm_e2e.cluster import Cluster
 from hbm_e2e.daemon import Daemon
+from hbm_e2e.errors import HarnessError
 from hbm_e2e.waiting import wait_for
+
+SCENARIO_S = 3600
+"""Of a trace: more than any test lasts; what is left when it is stopped was never sent."""
 
 
 @dataclass(frozen=True)
@@ -16,15 +24,34 @@ class Failure:
     """One request that was not answered with 2xx, as the client saw it."""
 
     request_id: str
-    at_unix_s: float
-    """When it was due."""
+    due_unix_s: float
     outcome: str
     status: int
     """0 without an answer."""
 
     def __str__(self) -> str:
         said = f"{self.outcome} {self.status}" if self.status else self.outcome
-        return f"{self.request_id} due at {self.at_unix_s:.3f}: {said}"
+        return f"{self.request_id} due at {self.due_unix_s:.3f}: {said}"
+
+
+@dataclass
+class Sent:
+    """What was sent while a `Client.sending` lasted; complete when it has ended."""
+
+    log: Path
+    answered: int = 0
+    failures: list[Failure] = field(default_factory=list)
+
+    def nodes(self) -> dict[str, int]:
+        """Pod uid to answers from it so far; about a second behind."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        for line in reversed(lines):
+            try:
+                counted: dict[str, int] = json.loads(line)["nodes"]
+            except ValueError:
+                continue  # being written
+            return counted
+        return {}
 
 
 class Client:
@@ -37,38 +64,38 @@ class Client:
     def __init__(self, cluster: Cluster, node: str, folder: Path) -> None:
         self._enter = cluster.node(node).place.enter
         self._folder = folder
-        self._records = folder / "requests.parquet"
-        self._daemon: Daemon | None = None
+        self._numbers = itertools.count(1)
 
-    def start(self, url: str, scenario: Path, seconds: float, seed: int = 1) -> None:
-        """Send a scenario to `http://address:port`; its progress goes to the log."""
-        self._records.unlink(missing_ok=True)
-        self._daemon = Daemon(
-            "client",
+    @contextmanager
+    def sending(self, url: str, scenario: Path) -> Iterator[Sent]:
+        """Send a scenario to `http://address:port` meanwhile; ends with the last due answer."""
+        number = next(self._numbers)
+        records = self._folder / f"requests-{number}.parquet"
+        daemon = Daemon(
+            f"client-{number}",
             [
-                *(sys.executable, "-m", "hbm_load", "--url", url, "--records", self._records),
-                *("--scenario", scenario, "--seconds", f"{seconds:g}", "--seed", str(seed)),
-                *("--progress-s", "1"),
+                *(sys.executable, "-m", "hbm_load", "--url", url, "--records", str(records)),
+                *("--scenario", str(scenario), "--seconds", str(SCENARIO_S)),
+                *("--seed", str(number), "--progress-s", "1"),
             ],
             self._folder,
         )
-        self._daemon.start(enter=self._enter)
-
-    def stop(self) -> Records:
-        """End early and wait for the answers that are due."""
-        daemon = self._running()
-        daemon.stop(grace_s=30)
-        wait_for(self._records.exists, 10, "the client's records", because=daemon.last_words)
-        self._daemon = None
-        return Records.read(self._records)
-
-    def _running(self) -> Daemon:
-        assert self._daemon is not None, "start it first"
-        return self._daemon
+        sent = Sent(daemon.log)
+        daemon.start(enter=self._enter)
+        try:
+            wait_for(sent.nodes, 60, "the first answer", because=daemon.last_words)
+            yield sent
+            if not daemon.alive:
+                raise HarnessError(f"the client died: {daemon.last_words()}")
+        finally:
+            daemon.stop(grace_s=30)
+        found = Records.read(records)
+        sent.answered = int(found.ok.sum())
+        sent.failures = failures(found)
 
 
 def failures(records: Records) -> list[Failure]:
-    """Requests that were sent, or should have been, and were not answered with 2xx."""
+    """Requests that were due and not answered with 2xx."""
     start = records.meta["start_unix_s"]
     return [
         Failure(

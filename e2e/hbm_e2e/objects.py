@@ -26,7 +26,7 @@ def is_ready(pod: Object) -> bool:
 
 
 def containers(pod: Object) -> list[Any]:
-    """Status of every container that stays: ordinary ones, and init containers that are sidecars."""
+    """Status of every container that stays: init containers that are sidecars among them."""
     staying = {
         one["name"]
         for one in pod["spec"].get("initContainers", ())

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from hbm_e2e.cluster import AnyCluster, Cluster
 
-DATA = Path(__file__).parent / "data"
+HERE = Path(__file__).parent
+DATA = HERE / "data"
+FIRST_TEST_S = 1800
 BROKEN_OFF = pytest.StashKey[str]()
 """Of a file marked `story`: its first test that failed."""
 
@@ -26,6 +28,13 @@ def project_images(cluster: AnyCluster, python_image: str) -> None:
     """The images of `images/Dockerfile` from this source tree, on every node of our own cluster."""
     if isinstance(cluster, Cluster):
         cluster.load(cluster.images.build_project())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test starts a cluster and builds images; those with pods wait for pods."""
+    for item in items:
+        if item.path.is_relative_to(HERE) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(FIRST_TEST_S))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,21 +1,21 @@
-"""From `helm install` to `helm uninstall`: every command of `docs/kubernetes.md` in its order, under load.
+"""From `helm install` to `helm uninstall`: the commands of `docs/kubernetes.md` in their order.
 
-The tests are the steps of one story: each begins where the one before ended. Between the page's
+The tests are the steps of one story: each begins where the one before ended. Beside the page's
 commands the client sends requests through the router, and its own log says whether any failed.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hbm_e2e.checkout import Checkout
-from hbm_e2e.client import Client, failures
+from hbm_e2e.client import Client
 from hbm_e2e.cluster import AnyCluster, Cluster
 from hbm_e2e.images import PROJECT
-from hbm_e2e.kubectl import Kubectl
+from hbm_e2e.installation import RELEASE, SYSTEM, Models, remove_everything
+from hbm_e2e.kubectl import CommandFailed
 from hbm_e2e.objects import condition, containers, is_ready, name
-from hbm_e2e.tables import rows, samples
+from hbm_e2e.tables import rows
 from hbm_e2e.waiting import wait_for
 from hbm_e2e.walkthrough import Block, Shell, programs, sh_blocks
 
@@ -23,16 +23,14 @@ pytestmark = pytest.mark.story
 
 PAGE = PROJECT / "docs" / "kubernetes.md"
 LOAD = Path(__file__).parent / "data" / "load"
-SIDECAR_PORT = 9400
+REGULARS, STRANGERS = LOAD / "regulars.yaml", LOAD / "strangers.yaml"
+POLICY_FIRST = "policy-first"
 
 
 class Walk:
-    """The page's commands, taken one after the other, and the cluster they are run against."""
+    """The page's commands, taken one after the other."""
 
-    def __init__(self, cluster: AnyCluster, checkout: Checkout, shell: Shell) -> None:
-        self.cluster = cluster
-        self.checkout = checkout
-        self.kubectl = cluster.kubectl.within("models")
+    def __init__(self, shell: Shell) -> None:
         self._shell = shell
         self._left: list[Block] = sh_blocks(PAGE)
 
@@ -46,31 +44,258 @@ class Walk:
         assert taken, f"the page has no block left in {chapter!r}"
         return said
 
-    @property
-    def done(self) -> bool:
-        return not self._left
-
-    def partitions(self) -> dict[str, dict]:
-        return {name(found): found for found in self.kubectl.items("hbmp")}
-
-    def servers(self) -> list[dict]:
-        return [pod for pod in self.kubectl.items("pods", "-l", "app=rank") if is_ready(pod)]
-
-    def sidecar_metrics(self, pod: str) -> dict[str, float]:
-        path = f"/api/v1/namespaces/models/pods/{pod}:{SIDECAR_PORT}/proxy/metrics"
-        return samples(self.kubectl("get", "--raw", path))
+    def left(self) -> list[Block]:
+        return self._left
 
 
 @pytest.fixture(scope="module")
-def walk(
+def checkout(
     cluster: AnyCluster, project_images: None, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Walk]:
-    folder = tmp_path_factory.mktemp("checkout")
-    checkout = Checkout(cluster, folder)
-    path = programs(folder / "bin", kubectl=cluster.kubectl.program, helm=cluster.helm.program)
+) -> Checkout:
+    return Checkout(cluster, tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture(scope="module")
+def walk(cluster: AnyCluster, checkout: Checkout) -> Iterator[Walk]:
+    path = programs(
+        checkout.folder / "bin", kubectl=cluster.kubectl.program, helm=cluster.helm.program
+    )
     environ = {
         **cluster.helm.environ,
         "PATH": f"{path}:/usr/local/bin:/usr/bin:/bin",
         "KUBECONFIG": str(cluster.kubectl.kubeconfig),
     }
-    yield Walk(cluster, checkout, Shell(folder, environ))
+    remove_everything(cluster, "models", POLICY_FIRST)
+    yield Walk(Shell(checkout.folder, environ))
+    remove_everything(cluster, "models", POLICY_FIRST)
+
+
+@pytest.fixture(scope="module")
+def models(cluster: AnyCluster) -> Models:
+    return Models(cluster)
+
+
+@pytest.fixture(scope="module")
+def client(cluster: AnyCluster, tmp_path_factory: pytest.TempPathFactory) -> Client:
+    if not isinstance(cluster, Cluster):
+        pytest.skip("the client runs in the network of a node of our own")
+    return Client(cluster, "n1", tmp_path_factory.mktemp("client"))
+
+
+def columns(models: Models, *headings: str) -> list[tuple[str, ...]]:
+    """Of what `kubectl get hbmp` prints."""
+    return [
+        tuple(row[heading] for heading in headings) for row in rows(models.kubectl("get", "hbmp"))
+    ]
+
+
+def test_install(walk: Walk, cluster: AnyCluster) -> None:
+    said = walk.take("Install")
+    assert said.count("Phase:          Succeeded") == 2
+    deployments = cluster.kubectl.within(SYSTEM).items("deployments")
+    assert {name(found) for found in deployments} == {
+        "hbm-controller",
+        "hbm-redis",
+        "hbm-webhook",
+    }
+    assert all(condition(found, "Available")[0] == "True" for found in deployments)
+
+
+def test_a_labelled_server_is_injected_before_there_is_a_policy(walk: Walk, models: Models) -> None:
+    walk.take("A model server")
+    for pod in models.servers().values():
+        assert {one["name"] for one in containers(pod)} == {"hbm-sidecar", "server"}
+        assert all(one["ready"] and one["restartCount"] == 0 for one in containers(pod))
+    partitions = models.partitions()
+    assert set(partitions) == set(models.servers())
+    assert len(partitions) == 2
+    for found in partitions.values():
+        assert condition(found, "Admitted") == ("False", "NoPolicy")
+        assert found["spec"]["mode"] == "Hold"
+    wait_for(
+        lambda: columns(models, "ALPHA", "APPLIED") == [("0.5", "True")] * 2,
+        60,
+        "both to report",
+        because=lambda: models.kubectl("get", "hbmp"),
+    )
+
+
+def test_a_policy_governs_them(walk: Walk, models: Models) -> None:
+    walk.take("A policy")
+    models.wait_followed()
+    for found in models.partitions().values():
+        assert condition(found, "Admitted") == ("True", "PolicySelected")
+        assert condition(found, "Degraded") == ("False", "AsExpected")
+        assert found["spec"]["mode"] == "Auto"
+    status = models.policy()["status"]
+    assert (status["selected"], status["applied"], status["failed"]) == (2, 2, 0)
+
+
+def test_it_says_what_it_does(walk: Walk) -> None:
+    said = walk.take("Look")
+    assert "PolicySelected" in said
+    assert said.count("α=0.5") == 3
+
+
+def test_a_router_answers(walk: Walk, models: Models) -> None:
+    said = walk.take("A router")
+    assert '"scores":[' in said
+    routers = models.kubectl.items("pods", "-l", "hbm-partition.io/route=rank")
+    assert sum(is_ready(pod) for pod in routers) == 2
+
+
+def test_auto_moves_alpha_where_the_load_wants_it(models: Models, client: Client) -> None:
+    def moved() -> bool:
+        statuses = [found["status"] for found in models.partitions().values()]
+        return all(one.get("alpha", 0.5) < 0.45 and one.get("moves") for one in statuses)
+
+    with models.under_load(client, REGULARS) as sent:
+        wait_for(moved, 240, "α to go down in both", 1, lambda: models.kubectl("get", "hbmp"))
+        table = models.kubectl("get", "hbmp")
+    assert sent.failures == []
+    for row in rows(table):
+        blank = [heading for heading, cell in row.items() if not cell]
+        assert not blank, table
+
+
+def test_recommend_publishes_and_leaves_alpha_alone(
+    walk: Walk, models: Models, client: Client
+) -> None:
+    walk.take("Change your mind", blocks=1)
+    models.wait_followed()
+    pods = models.servers()
+    before = {pod: models.sidecar_metrics(pod)["hbm_sidecar_alpha"] for pod in pods}
+
+    def recommended() -> bool:
+        statuses = [found["status"] for found in models.partitions().values()]
+        return all(one["target"] > one["alpha"] + 0.05 for one in statuses)
+
+    with models.under_load(client, STRANGERS) as sent:
+        wait_for(
+            recommended, 240, "more α to be recommended", 1, lambda: models.kubectl("get", "hbmp")
+        )
+    assert sent.failures == []
+    assert before == {pod: models.sidecar_metrics(pod)["hbm_sidecar_alpha"] for pod in pods}
+
+
+def test_fixed_applies(walk: Walk, models: Models, client: Client) -> None:
+    observed = "hbm_sidecar_kube_followed_seconds"
+    counted = {pod: models.sidecar_metrics(pod)[f"{observed}_count"] for pod in models.servers()}
+
+    def fixed() -> bool:
+        statuses = [found["status"] for found in models.partitions().values()]
+        return all(abs(one["alpha"] - 0.3) < 0.02 for one in statuses)
+
+    with models.under_load(client, STRANGERS) as sent:
+        walk.take("Change your mind", blocks=1)
+        models.wait_followed()
+        wait_for(fixed, 120, "α to be 0.3", 1, lambda: models.kubectl("get", "hbmp"))
+    assert sent.failures == []
+    for pod, count in counted.items():
+        metrics = models.sidecar_metrics(pod)
+        assert metrics[f"{observed}_count"] == count + 1
+
+
+def test_what_makes_no_sense_is_refused(models: Models) -> None:
+    with pytest.raises(CommandFailed, match=r"alpha\.fixed must lie between alpha\.min"):
+        models.kubectl(
+            *("patch", "hbmpol", "rank", "--type", "merge"),
+            *("-p", '{"spec": {"alpha": {"fixed": 0.95}}}'),
+        )
+
+
+def test_and_back_to_auto(walk: Walk, models: Models) -> None:
+    walk.take("Change your mind")
+    models.wait_followed()
+
+
+def test_servers_and_routers_restart_without_a_failed_request(
+    walk: Walk, models: Models, client: Client
+) -> None:
+    before = set(models.servers())
+    with models.under_load(client, REGULARS) as sent:
+        walk.take("Restart without a failed request")
+        models.kubectl("rollout", "restart", "deployment/hbm-router-rank")
+        models.kubectl.wait_ready("deployment/hbm-router-rank", 300)
+        models.wait_followed()
+        answering = set(sent.nodes())
+    assert sent.failures == []
+    assert not before & set(models.partitions())
+    after = {pod["metadata"]["uid"] for pod in models.servers().values()}
+    assert after <= answering
+
+
+def test_a_deleted_pod_takes_its_partition_along(models: Models, client: Client) -> None:
+    gone = min(models.servers())
+    with models.under_load(client, REGULARS) as sent:
+        models.kubectl("delete", "pod", gone)
+        models.kubectl.wait_gone("hbmp", gone)
+        models.kubectl.wait_ready("deployment/rank", 300)
+        models.wait_followed()
+    assert sent.failures == []
+    assert len(models.partitions()) == 2
+
+
+def test_a_policy_may_be_there_first(cluster: AnyCluster, checkout: Checkout) -> None:
+    models = Models(cluster, POLICY_FIRST)
+    cluster.kubectl("create", "namespace", POLICY_FIRST)
+    policy = checkout.folder / "docs" / "examples" / "policy.yaml"
+    models.kubectl("apply", "-f", str(policy))
+    wait_for(
+        lambda: condition(models.policy(), "Ready") == ("True", "NoPods"), 60, "the empty policy"
+    )
+    deployment, service = checkout.model_server
+    deployment["spec"]["replicas"] = 1
+    models.kubectl.apply(deployment, service)
+    models.kubectl.wait_ready("deployment/rank", 300)
+    models.wait_followed()
+    (found,) = models.partitions().values()
+    assert condition(found, "Admitted") == ("True", "PolicySelected")
+    cluster.kubectl("delete", "namespace", POLICY_FIRST, timeout_s=180)
+
+
+def test_upgrades_leave_running_sidecars_connected(
+    cluster: AnyCluster, checkout: Checkout, models: Models, client: Client
+) -> None:
+    before = {pod: models.sidecar_metrics(pod) for pod in models.servers()}
+    with models.under_load(client, REGULARS) as sent:
+        for number in (1, 2):
+            cluster.helm(
+                *("upgrade", RELEASE, str(checkout.chart), "--namespace", SYSTEM),
+                *("--reuse-values", "--wait", "--timeout", "5m"),
+                *("--set", f"controller.podAnnotations.upgrade=number-{number}"),
+                *("--set", f"redis.podAnnotations.upgrade=number-{number}"),
+            )
+            for pod in before:
+                wait_for(
+                    lambda pod=pod: _beats(models, pod),  # type: ignore[misc]
+                    60,
+                    f"{pod} to reach the new Redis",
+                )
+    assert sent.failures == []
+    assert set(models.servers()) == set(before)
+    for pod, metrics in before.items():
+        after = models.sidecar_metrics(pod)
+        assert after["hbm_sidecar_kube_up"] == 1
+        assert after["hbm_sidecar_heartbeats_total"] > metrics["hbm_sidecar_heartbeats_total"]
+    cluster.helm("test", RELEASE, "--namespace", SYSTEM)
+
+
+def _beats(models: Models, pod: str) -> bool:
+    return models.sidecar_metrics(pod)["hbm_sidecar_redis_up"] == 1
+
+
+def test_dashboards_are_there(walk: Walk) -> None:
+    said = walk.take("Dashboards and alerts")
+    assert len(rows(said)) == 3
+
+
+def test_uninstalled_pods_serve_on(walk: Walk, models: Models, checkout: Checkout) -> None:
+    before = set(models.servers())
+    said = walk.take("Remove")
+    assert all(crd in said for crd in ("hbmpolicies", "hbmpartitions"))
+    assert walk.left() == []
+    assert set(models.servers()) == before
+    for pod in models.servers().values():
+        assert all(one["restartCount"] == 0 for one in containers(pod))
+    assert '"scores":[' in models.rank("rank", checkout)

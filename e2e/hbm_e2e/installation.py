@@ -1,0 +1,99 @@
+"""The chart on a cluster, model servers below it, and what both say of themselves."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hbm_e2e.checkout import Checkout
+from hbm_e2e.client import Client, Sent
+from hbm_e2e.cluster import AnyCluster
+from hbm_e2e.errors import HarnessError
+from hbm_e2e.kubectl import Kubectl
+from hbm_e2e.objects import condition, is_ready, name
+from hbm_e2e.tables import samples
+from hbm_e2e.waiting import wait_for
+
+RELEASE = "hbm"
+SYSTEM = "hbm-system"
+MODELS = "models"
+CRDS = ("hbmpartitions.hbm-partition.io", "hbmpolicies.hbm-partition.io")
+SIDECAR_PORT = 9400
+REQUEST = "docs/examples/request.json"
+
+
+class Models:
+    """A namespace with the Deployment `rank` of `docs/examples/server.yaml`."""
+
+    def __init__(self, cluster: AnyCluster, namespace: str = MODELS) -> None:
+        self.namespace = namespace
+        self.kubectl: Kubectl = cluster.kubectl.within(namespace)
+
+    def partitions(self) -> dict[str, Any]:
+        """By the name of the pod."""
+        return {name(found): found for found in self.kubectl.items("hbmp")}
+
+    def servers(self) -> dict[str, Any]:
+        """Ready pods by name."""
+        pods = self.kubectl.items("pods", "-l", "app=rank")
+        return {name(pod): pod for pod in pods if is_ready(pod)}
+
+    def policy(self) -> Any:
+        return self.kubectl.get("hbmpol", "rank")
+
+    def followed(self) -> bool:
+        """Whether every Ready pod has its partition, and all of it follows the newest policy."""
+        generation = self.policy()["metadata"]["generation"]
+        partitions = self.partitions()
+        return set(partitions) == set(self.servers()) and all(
+            condition(found, "Ready")[0] == "True"
+            and found["spec"]["policyRef"]["generation"] == generation
+            and found["status"]["observedGeneration"] == found["metadata"]["generation"]
+            for found in partitions.values()
+        )
+
+    def wait_followed(self, timeout_s: float = 120) -> None:
+        wait_for(
+            self.followed,
+            timeout_s,
+            f"all partitions of {self.namespace} to follow their policy",
+            every_s=0.5,
+            because=lambda: self.kubectl("get", "hbmp,pods"),
+        )
+
+    def sidecar_metrics(self, pod: str) -> dict[str, float]:
+        """`/metrics` of a pod's sidecar."""
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}:{SIDECAR_PORT}/proxy/metrics"
+        return samples(self.kubectl("get", "--raw", path))
+
+    def rank(self, service: str, checkout: Checkout) -> str:
+        """The answer to one request, through the API server's proxy."""
+        path = f"/api/v1/namespaces/{self.namespace}/services/{service}:http/proxy/v1/rank"
+        return self.kubectl("create", "--raw", path, "-f", str(checkout.folder / REQUEST))
+
+    def router_url(self) -> str:
+        """Of the Service in front of the routers, for a client inside the cluster's network."""
+        return f"http://{self.kubectl.get('service', 'hbm-router-rank')['spec']['clusterIP']}:80"
+
+    @contextmanager
+    def under_load(self, client: Client, scenario: Path) -> Iterator[Sent]:
+        """Requests through the router meanwhile; all servers have answered when the block begins."""
+        with client.sending(self.router_url(), scenario) as sent:
+            wait_for(
+                lambda: len(sent.nodes()) >= len(self.servers()),
+                60,
+                "answers from all servers",
+                because=lambda: str(sent.nodes()),
+            )
+            yield sent
+
+
+def remove_everything(cluster: AnyCluster, *namespaces: str) -> None:
+    """What an earlier run left: the release, the definitions with all objects, namespaces."""
+    try:
+        cluster.helm("uninstall", RELEASE, "--namespace", SYSTEM, "--ignore-not-found", "--wait")
+    except HarnessError as error:
+        raise HarnessError(f"cannot remove an earlier installation: {error}") from error
+    kubectl = cluster.kubectl
+    kubectl("delete", "crd", *CRDS, "--ignore-not-found", timeout_s=180)
+    kubectl("delete", "namespace", SYSTEM, *namespaces, "--ignore-not-found", timeout_s=180)
