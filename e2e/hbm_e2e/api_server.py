@@ -1,7 +1,6 @@
 """A real API server without nodes: for the operator's tests and the scale benchmark."""
 
 import shutil
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +9,7 @@ from hbm_e2e.control_plane import ControlPlane, Endpoints, Flags
 from hbm_e2e.daemon import Daemon
 from hbm_e2e.errors import HarnessError
 from hbm_e2e.kubectl import Kubectl
+from hbm_e2e.ports import free_ports
 from hbm_e2e.toolchain import Toolchain
 
 PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl")
@@ -148,15 +148,10 @@ class ApiServer:
         return [plane.controller_manager, *always] if self._with_controllers else always
 
     def _plane_on_free_ports(self) -> ControlPlane:
-        with socket.socket() as a, socket.socket() as b, socket.socket() as c:
-            ports = []
-            for probe in (a, b, c):
-                probe.bind(("127.0.0.1", 0))
-                ports.append(probe.getsockname()[1])
         return ControlPlane(
             self.folder,
             self._toolchain,
-            Endpoints("127.0.0.1", *ports),
+            Endpoints("127.0.0.1", *free_ports(3)),
             enter=("setpriv", "--pdeathsig", "KILL"),
             flags=self._flags,
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 from hbm_e2e.daemon import Daemon
 from hbm_e2e.network import Place
 from hbm_e2e.places import PACKAGE_ROOT
+from hbm_e2e.ports import free_ports
 from hbm_e2e.waiting import wait_for
 
 CLONE_NEWNET = 0x40000000
@@ -25,7 +26,7 @@ class Doorway:
 
     def __init__(self, folder: Path, place: Place, address: str, port: int) -> None:
         self._port_file = folder / "run" / f"doorway-{address}-{port}.port"
-        self.port = self._known_port() or _free_port()
+        self.port = self._known_port() or free_ports(1)[0]
         self.daemon = Daemon(
             f"doorway-{address}-{port}",
             [
@@ -55,13 +56,6 @@ class Doorway:
         except OSError:
             return False
         return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _move_into(namespace: str) -> None:
