@@ -121,30 +121,6 @@ def test_digest_is_exact_after_a_gap_in_the_ring(pair, redis, wait_for) -> None:
     wait_for(lambda: digest_of(redis) == residents(server), "events go on behind the snapshot")
 
 
-def test_of_too_many_users_those_with_most_tokens_are_published(
-    start_sidecar, start_server, redis, wait_for
-) -> None:
-    # Without refreshes: a snapshot of so many users is refused where it is written.
-    server = start_server()
-    sidecar = start_sidecar(*FLAGS, "--redis-url", redis.url, "--snapshot-refresh-s", "0")
-    wait_for(lambda: digest_of(redis) == {}, "in step")
-    limit, cut = codec.MAX_DIGEST_USERS, 100
-    users = range(limit + cut)
-    for start in range(0, len(users), 50_000):  # the ring holds more between two looks
-        part = users[start : start + 50_000]
-        server.tell(cached=[[user, 16 * (1 + user % 50)] for user in part])
-        wait_for(lambda n=part[-1] + 1: sidecar.metric("hbm_sidecar_residency_users") == n, "seen")
-    wait_for(lambda: sidecar.metric("hbm_sidecar_digest_users_cut") == cut, "said how many")
-    published = wait_for(lambda: len(digest_of(redis) or ()) == limit and digest_of(redis), "all")
-    fewest = [user for user in users if user % 50 == 0]
-    # Of those with the fewest tokens the ones that were cached first are left out.
-    assert set(users) - set(published) == set(fewest[:cut])
-    assert all(published[user] == 16 * (1 + user % 50) for user in published)
-    server.tell(cached=[[0, 160], *([user, 0] for user in fewest[-cut:])])
-    wait_for(lambda: (digest_of(redis) or {}).get(0) == 160, "the digest follows")
-    wait_for(lambda: sidecar.metric("hbm_sidecar_digest_users_cut") == 0, "there is room for all")
-
-
 def test_digest_is_exact_after_admin_was_killed(pair, redis, wait_for) -> None:
     sidecar, server = pair
     server.tell(cached=[[user, 16] for user in range(100)])

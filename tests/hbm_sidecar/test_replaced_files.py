@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hbm_pool.contracts.control_block import ControlBlockError, SidecarBlock, SidecarView
 from hbm_pool.contracts.digest import MAX_DIGEST_USERS, decode_digest
+from hbm_pool.contracts.identity import digest_key
 from hbm_pool.contracts.records import COMMAND, CURVES, INTENT, UserCached, UserEvicted
 from hbm_sidecar.admin import Admin
 from hbm_sidecar.config import SidecarConfig
@@ -205,32 +207,71 @@ async def until(condition: Callable[[], Any], meanwhile: Callable[[], Any]) -> N
             await asyncio.sleep(0.005)
 
 
-async def test_a_digest_that_cannot_be_made_leaves_heartbeats_alone(
+async def test_of_too_many_users_those_with_most_tokens_are_published(
     config, server_class, run_dir
 ) -> None:
     server = server_class(run_dir, seed=1)
+    server.cached(-2, 16)
     server.cached(-1, 16)
     server.cycle()
     replaced(run_dir)
     admin = Admin(config, LOG)
-    admin.observer.look(snapshot_refresh_s=0.0)
     await until(lambda: look(admin, server).mirror.exact, server.cycle)
+    mirror, sequence = admin.observer.mirror, server.sequence
+    crowd = [UserCached(sequence + 1 + user, user, 32) for user in range(MAX_DIGEST_USERS - 1)]
+    mirror.feed(crowd, gap=False, newest=crowd[-1].sequence)
+    users = published(admin, server)
+    assert len(users) == MAX_DIGEST_USERS
+    # Of the two with the fewest tokens, the one that was heard of last.
+    assert digest_key(-1) in users
+    assert digest_key(-2) not in users
+    assert b"hbm_sidecar_digest_users_cut 1.0" in admin.metrics()
+    mirror.feed([UserCached(crowd[-1].sequence + 1, -2, 48)], gap=False, newest=0)
+    users = published(admin, server)
+    assert digest_key(-2) in users
+    assert digest_key(-1) not in users
+    mirror.feed([UserEvicted(crowd[-1].sequence + 2, 0)], gap=False, newest=0)
+    assert digest_key(-1) in published(admin, server)
+    assert b"hbm_sidecar_digest_users_cut 0.0" in admin.metrics()
+
+
+async def test_a_digest_that_cannot_be_made_leaves_heartbeats_alone(
+    config, server_class, run_dir
+) -> None:
+    server = server_class(run_dir, seed=1)
+    server.cached(1, 16)
+    server.cycle()
+    replaced(run_dir)
+    admin = Admin(config, LOG)
+    await until(lambda: look(admin, server).mirror.exact, server.cycle)
+    look(admin, server)
     known = admin.beat(True)
     assert decode_digest(known.digest).tokens.tolist() == [16]
-    mirror, sequence = admin.observer.mirror, server.sequence
-    crowd = [UserCached(sequence + 1 + user, user, 16) for user in range(MAX_DIGEST_USERS)]
-    mirror.feed(crowd, gap=False, newest=crowd[-1].sequence)
-    server.cycle()
+    described = admin.observer.server.info
+    admin.observer.server.info = dataclasses.replace(
+        described, page_tokens=1 << 40
+    )  # a foreign server's
+    server.cached(2, 16)
+    look(admin, server)
     kept = admin.beat(False)
     assert kept.digest is None
     assert kept.state.digest_sequence == known.state.digest_sequence
     assert kept.state.digest_crc == known.state.digest_crc
     assert kept.state.sequence > known.state.sequence
     assert b"hbm_sidecar_digest_errors_total 1.0" in admin.metrics()
-    mirror.feed([UserEvicted(crowd[-1].sequence + 1, -1)], gap=False, newest=0)
+    admin.observer.server.info = described
+    server.cached(3, 16)
+    look(admin, server)
     again = admin.beat(False)
-    assert len(decode_digest(again.digest).keys) == MAX_DIGEST_USERS
+    assert len(decode_digest(again.digest).keys) == 3
     assert again.state.digest_sequence > known.state.digest_sequence
+
+
+def published(admin: Admin, server: Any) -> list[int]:
+    """Keys in the digest of the next heartbeat."""
+    look(admin, server)  # however long it took to get here, the server has just been seen
+    keys: list[int] = decode_digest(admin.beat(False).digest).keys.tolist()
+    return keys
 
 
 def look(admin: Admin, server: Any) -> Any:
