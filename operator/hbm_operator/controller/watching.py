@@ -18,6 +18,7 @@ import kopf
 from hbm_kube.config import KubeConfig
 from hbm_kube.credentials import Credentials
 from hbm_kube.resources import HBM_PARTITIONS, HBM_POLICIES, NAMESPACES, PODS, Resource
+from kopf._core.reactor import inventory
 
 from hbm_operator import names
 
@@ -39,6 +40,13 @@ class Patience:
             wait_s = min(30.0, wait_s * 2)
 
 
+class _Forgetful(inventory.ResourceMemories):  # type: ignore[misc]
+    """kopf keeps some 8 kB per object for handlers that wait and retry; ours do neither."""
+
+    async def recall(self, *args: Any, **kwargs: Any) -> Any:
+        return await super().recall(*args, **kwargs | {"ephemeral": True})
+
+
 def settings() -> kopf.OperatorSettings:
     """kopf's settings (reference: kopf docs/configuration.rst)."""
     made = kopf.OperatorSettings()
@@ -50,6 +58,8 @@ def settings() -> kopf.OperatorSettings:
     made.watching.label_selectors["v1/pods"] = INJECTED
     made.networking.request_timeout = 30
     made.networking.error_backoffs = Patience()
+    # Each object that an event is about has a task for so long: short, as there are thousands.
+    made.queueing.idle_timeout = 0.2
     made.posting.enabled = False
     made.posting.level = logging.WARNING
     made.scanning.disabled = True
@@ -178,6 +188,7 @@ class Watching:
                 kopf.run(
                     registry=registry(self._config, hand_over, self._heard),
                     settings=settings(),
+                    memories=_Forgetful(),
                     stop_flag=self._stop,
                     **self._where,
                 )
