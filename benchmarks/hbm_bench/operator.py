@@ -39,6 +39,8 @@ from hbm_bench.operator_cluster import (
 )
 
 CHANGES_PER_S: Final = 100.0
+QUIET_S: Final = 4.0
+"""Longer than the controller puts off a write for."""
 
 
 class Size(NamedTuple):
@@ -240,7 +242,7 @@ class _Bench:
         await self._seen.until(
             lambda: self._followers(fleet, policy) == pods, f"{fleet} to follow the policy"
         )
-        before = await self._counters()
+        before = await self._settled()
         began = time.monotonic()
         policy = await self._send(kube, fleet, "all", 0.4)
         await self._seen.until(
@@ -272,7 +274,7 @@ class _Bench:
         for number in range(pods):
             await self._send(kube, "each", f"each-{number}", 0.2)
         await self._seen.until(lambda: self._followers("each", 1) == pods, "each to follow its own")
-        before = await self._counters()
+        before = await self._settled()
         sent: dict[tuple[str, str, int], float] = {}
 
         async def change(number: int, turn: int, due: float) -> None:
@@ -308,15 +310,14 @@ class _Bench:
 
     async def _steady(self) -> dict[str, Any]:
         """Nothing happens but reports: what each object costs an hour."""
-        assert self._controller is not None
-        before, told, cpu = await self._counters(), await self._told(), self._controller.cpu_s()
+        before, told = await self._settled(), await self._told()
         await asyncio.sleep(self._size.steady_s)
         after, told_after = await self._counters(), await self._told()
         hours = self._size.steady_s / 3600 * self._total
         reports = told_after.get("reported", 0) - told.get("reported", 0)
         return {
             "seconds": self._size.steady_s,
-            "controller_cores": (self._controller.cpu_s() - cpu) / self._size.steady_s,
+            "controller_cores": (after["cpu_s"] - before["cpu_s"]) / self._size.steady_s,
             "reports_per_object_hour": reports / hours,
             "echoes_per_object_hour": (told_after.get("echoes", 0) - told.get("echoes", 0)) / hours,
             "sidecars_429": sum(v for k, v in told_after.items() if k.endswith("_429")),
@@ -334,12 +335,25 @@ class _Bench:
                 total[name] = total.get(name, 0) + value
         return total
 
+    async def _settled(self) -> dict[str, float]:
+        """The counters once the controller has written all that it has to."""
+        counters = await self._counters()
+        deadline = time.monotonic() + WAIT_S
+        while time.monotonic() < deadline:
+            await asyncio.sleep(QUIET_S)
+            before, counters = counters, await self._counters()
+            if before["writes"] == counters["writes"]:
+                return counters
+        raise RuntimeError(f"the controller goes on writing after {WAIT_S:g} s")
+
     async def _counters(self) -> dict[str, float]:
-        """The controller's own counters."""
+        """The controller's own counters, and its CPU time."""
+        assert self._controller is not None
         url = f"http://127.0.0.1:{self._admin_port}/metrics"
         async with aiohttp.ClientSession() as session, session.get(url) as answer:
             text = await answer.text()
         counters = {"writes": 0.0, "reconciles": 0.0, "status_429": 0.0}
+        counters["cpu_s"] = self._controller.cpu_s()
         for line in text.splitlines():
             head, _, value = line.rpartition(" ")
             if head.startswith("hbm_operator_reconcile_total{"):
@@ -356,5 +370,6 @@ def _difference(before: dict[str, float], after: dict[str, float], per: int) -> 
     return {
         "writes_each": (after["writes"] - before["writes"]) / per,
         "reconciles_each": (after["reconciles"] - before["reconciles"]) / per,
+        "cpu_ms_each": (after["cpu_s"] - before["cpu_s"]) * 1000 / per,
         "status_429": after["status_429"] - before["status_429"],
     }
