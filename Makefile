@@ -9,10 +9,10 @@ KERNELS := $(shell cat pool/hbm_pool/host/*.py policy/hbm_policy/*.py sim/hbm_si
 export NUMBA_CACHE_DIR ?= $(HOME)/.cache/hbm-partition/numba/$(KERNELS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types imports unit bench clean
+.PHONY: help install demo test lint types imports unit e2e e2e-full bench clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## virtual environment with the pinned set
 $(STAMP): pyproject.toml constraints/py311.txt
@@ -38,6 +38,15 @@ imports: install
 
 unit: install
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+# Root, Go and Debian packages are needed, or a cluster of yours: docs/development.md, "End to end".
+e2e: install ## the system on a real three-node Kubernetes on this machine
+	$(BIN)/pytest e2e/tests -m "not e2e_full" $(ARGS)
+	@echo "e2e: the commands of docs/kubernetes.md hold on a real cluster"
+
+e2e-full: install ## the same, and kill -9 and power cuts of every part
+	$(BIN)/pytest e2e/tests $(ARGS)
+	@echo "e2e-full: no request failed that a fault does not explain, and everything converged"
 
 bench: install ## all benchmarks of this machine, as JSON under out/bench
 	$(BIN)/hbm bench all --out out/bench

@@ -77,7 +77,7 @@ class Models:
 
     @contextmanager
     def under_load(self, client: Client, scenario: Path) -> Iterator[Sent]:
-        """Requests through the router meanwhile; all servers have answered when the block begins."""
+        """Requests through the router meanwhile; all servers have answered before the block."""
         with client.sending(self.router_url(), scenario) as sent:
             wait_for(
                 lambda: len(sent.nodes()) >= len(self.servers()),

@@ -4,6 +4,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from hbm_e2e.checkout import Checkout
 from hbm_e2e.cluster import AnyCluster, Cluster
 
 HERE = Path(__file__).parent
@@ -28,6 +29,14 @@ def project_images(cluster: AnyCluster, python_image: str) -> None:
     """The images of `images/Dockerfile` from this source tree, on every node of our own cluster."""
     if isinstance(cluster, Cluster):
         cluster.load(cluster.images.build_project())
+
+
+@pytest.fixture(scope="session")
+def checkout(
+    cluster: AnyCluster, project_images: None, tmp_path_factory: pytest.TempPathFactory
+) -> Checkout:
+    """What the documents' commands read; the images that it names are there."""
+    return Checkout(cluster, tmp_path_factory.mktemp("checkout"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -49,13 +49,6 @@ class Walk:
 
 
 @pytest.fixture(scope="module")
-def checkout(
-    cluster: AnyCluster, project_images: None, tmp_path_factory: pytest.TempPathFactory
-) -> Checkout:
-    return Checkout(cluster, tmp_path_factory.mktemp("checkout"))
-
-
-@pytest.fixture(scope="module")
 def walk(cluster: AnyCluster, checkout: Checkout) -> Iterator[Walk]:
     path = programs(
         checkout.folder / "bin", kubectl=cluster.kubectl.program, helm=cluster.helm.program

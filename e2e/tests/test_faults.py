@@ -1,0 +1,315 @@
+"""kill -9 and power cuts of every part, under load: nothing fails that the fault does not explain.
+
+Each test begins with everything in order (`calm`), does its harm while a client sends requests
+through the router, and ends when everything is in order again.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hbm_e2e.checkout import Checkout
+from hbm_e2e.client import Client, Failure
+from hbm_e2e.cluster import AnyCluster, Cluster
+from hbm_e2e.errors import HarnessError
+from hbm_e2e.installation import RELEASE, SYSTEM, Models, remove_everything
+from hbm_e2e.objects import condition, containers, is_ready, name
+from hbm_e2e.processes import kill
+from hbm_e2e.waiting import wait_for
+
+pytestmark = pytest.mark.e2e_full
+
+REGULARS = Path(__file__).parent / "data" / "load" / "regulars.yaml"
+CUT = {"lost", "refused", "timeout"}
+"""How a request ends whose connection, or whose peer, is gone."""
+
+
+@pytest.fixture(scope="module")
+def installed(cluster: AnyCluster, checkout: Checkout) -> Iterator[Models]:
+    """The chart, a route, a policy and two servers, as after chapter 5 of the page."""
+    remove_everything(cluster, "models")
+    examples = checkout.folder / "docs" / "examples"
+    cluster.kubectl("create", "namespace", "models")
+    models = Models(cluster)
+    cluster.helm(
+        *("install", RELEASE, str(checkout.chart), "--namespace", SYSTEM, "--create-namespace"),
+        *("-f", str(checkout.chart / "values-cpu.yaml"), "-f", str(examples / "routes.yaml")),
+        *("--timeout", "5m"),
+    )
+    cluster.kubectl.within(SYSTEM).wait_ready("deployment/hbm-webhook", 300)
+    models.kubectl("apply", "-f", str(examples / "policy.yaml"))
+    models.kubectl("apply", "-f", str(examples / "server.yaml"))
+    yield models
+    remove_everything(cluster, "models")
+
+
+@pytest.fixture
+def calm(own_cluster: Cluster, installed: Models) -> Models:
+    """Everything in order; `own_cluster` starts again what a test has killed."""
+    own_cluster.repair()
+    in_order(own_cluster, installed)
+    return installed
+
+
+def in_order(cluster: Cluster, models: Models) -> None:
+    """All deployments available, all pods injected, every partition Ready and not Degraded."""
+    for deployment in ("controller", "redis", "webhook"):
+        cluster.kubectl.within(SYSTEM).wait_ready(f"deployment/hbm-{deployment}", 300)
+    for deployment in ("rank", "hbm-router-rank"):
+        models.kubectl.wait_ready(f"deployment/{deployment}", 300)
+    models.wait_followed(180)
+    wait_for(
+        lambda: all(
+            condition(found, "Degraded") == ("False", "AsExpected")
+            for found in models.partitions().values()
+        ),
+        120,
+        "no partition to be Degraded",
+        every_s=1,
+        because=lambda: models.kubectl("describe", "hbmp"),
+    )
+    for pod in models.servers():
+        wait_for(
+            lambda pod=pod: models.sidecar_metrics(pod)["hbm_sidecar_redis_up"] == 1,  # type: ignore[misc]
+            60,
+            f"{pod} to reach Redis",
+        )
+
+
+@pytest.fixture
+def client_beside(cluster: AnyCluster, tmp_path: Path) -> Callable[..., Client]:
+    """A client on a node that is none of those given."""
+
+    def beside(*nodes: str) -> Client:
+        assert isinstance(cluster, Cluster)
+        free = next(node.name for node in cluster.nodes if node.name not in nodes)
+        return Client(cluster, free, tmp_path)
+
+    return beside
+
+
+def pods_of(cluster: AnyCluster, component: str, namespace: str = SYSTEM) -> list[Any]:
+    selector = f"app.kubernetes.io/component={component}"
+    return [
+        pod
+        for pod in cluster.kubectl.within(namespace).items("pods", "-l", selector)
+        if is_ready(pod)
+    ]
+
+
+def restarts(pod: Any, container: str) -> int:
+    (count,) = (one["restartCount"] for one in containers(pod) if one["name"] == container)
+    return int(count)
+
+
+def unexplained(found: list[Failure], began: float, lasted_s: float) -> list[str]:
+    """Failures that are no cut connections, or were not due while the fault lasted.
+
+    A request may be due up to its timeout of ten seconds before its peer goes away.
+    """
+    return [
+        str(one)
+        for one in found
+        if one.outcome not in CUT or not began - 10 < one.due_unix_s < began + lasted_s
+    ]
+
+
+def edit_policy(models: Models) -> None:
+    """A new generation, which every partition must follow."""
+    slo = 20 + models.policy()["metadata"]["generation"]
+    patch = f'{{"spec": {{"slo": {{"latencyMs": {slo}}}}}}}'
+    models.kubectl("patch", "hbmpol", "rank", "--type", "merge", "-p", patch)
+
+
+def test_controller(
+    own_cluster: Cluster, calm: Models, client_beside: Callable[..., Client]
+) -> None:
+    (controller,) = pods_of(own_cluster, "controller")
+    with calm.under_load(client_beside(), REGULARS) as sent:
+        kill(own_cluster, controller, "controller")
+        gone = min(calm.servers())
+        calm.kubectl("delete", "pod", gone)
+        edit_policy(calm)
+        in_order(own_cluster, calm)
+        assert gone not in calm.partitions()
+    assert sent.failures == []
+
+
+def test_webhook(own_cluster: Cluster, calm: Models, client_beside: Callable[..., Client]) -> None:
+    (webhook,) = pods_of(own_cluster, "webhook")
+    with calm.under_load(client_beside(), REGULARS) as sent:
+        kill(own_cluster, webhook, "webhook")
+        wait_for(
+            lambda: [restarts(pod, "webhook") for pod in pods_of(own_cluster, "webhook")] == [1],
+            120,
+            "the webhook to run again",
+        )
+        calm.kubectl("delete", "pod", min(calm.servers()))
+        in_order(own_cluster, calm)
+    assert sent.failures == []
+
+
+def test_pods_made_while_there_is_no_webhook_are_reported_and_left_alone(
+    own_cluster: Cluster, calm: Models, client_beside: Callable[..., Client]
+) -> None:
+    system = own_cluster.kubectl.within(SYSTEM)
+    with calm.under_load(client_beside(), REGULARS) as sent:
+        system("scale", "deployment/hbm-webhook", "--replicas=0")
+        system.wait_gone("pods", "-l", "app.kubernetes.io/component=webhook")
+        calm.kubectl("delete", "pod", min(calm.servers()))
+        wait_for(
+            lambda: calm.policy()["status"].get("notInjected") == 1,
+            180,
+            "the pod without a sidecar to be counted",
+            every_s=1,
+        )
+        assert condition(calm.policy(), "Degraded") == ("True", "PodsNotInjected")
+        calm.kubectl.wait_ready("deployment/rank", 300)
+        (bare,) = (
+            pod for pod in calm.servers().values() if "hbm-sidecar" not in _container_names(pod)
+        )
+        system("scale", "deployment/hbm-webhook", "--replicas=1")
+        system.wait_ready("deployment/hbm-webhook")
+        still = calm.kubectl.get("pod", name(bare))
+        assert still["metadata"]["uid"] == bare["metadata"]["uid"]
+        calm.kubectl("delete", "pod", name(bare))
+        in_order(own_cluster, calm)
+        assert calm.policy()["status"].get("notInjected", 0) == 0
+    assert sent.failures == []
+
+
+def _container_names(pod: Any) -> set[str]:
+    return {one["name"] for one in containers(pod)}
+
+
+@pytest.mark.parametrize("child", ["admin", "decide", "twin"])
+def test_child_of_the_sidecar(
+    own_cluster: Cluster, calm: Models, client_beside: Callable[..., Client], child: str
+) -> None:
+    pods = calm.servers()
+    victim = min(pods)
+    restarted = f'hbm_sidecar_child_restarts_total{{child="{child}"}}'
+    with calm.under_load(client_beside(), REGULARS) as sent:
+        before = calm.sidecar_metrics(victim)[restarted]
+        kill(own_cluster, pods[victim], "hbm-sidecar", f"hbm_sidecar.{child}")
+        # Counters of admin start anew with it; those of its siblings' restarts are kept elsewhere.
+        wait_for(
+            lambda: (
+                _metrics_or_none(calm, victim).get(restarted, -1.0)
+                > (-1.0 if child == "admin" else before)
+            ),
+            60,
+            f"{child} to be restarted",
+        )
+        edit_policy(calm)
+        in_order(own_cluster, calm)
+    assert sent.failures == []
+    pod = calm.kubectl.get("pod", victim)
+    assert [one["restartCount"] for one in containers(pod)] == [0, 0]
+    ready = next(one for one in pod["status"]["conditions"] if one["type"] == "Ready")
+    was = next(one for one in pods[victim]["status"]["conditions"] if one["type"] == "Ready")
+    assert ready["lastTransitionTime"] == was["lastTransitionTime"]
+
+
+def _metrics_or_none(models: Models, pod: str) -> dict[str, float]:
+    """Empty while the admin process is away."""
+    try:
+        return models.sidecar_metrics(pod)
+    except HarnessError:
+        return {}
+
+
+def test_first_process_of_the_sidecar(
+    own_cluster: Cluster, calm: Models, client_beside: Callable[..., Client]
+) -> None:
+    pods = calm.servers()
+    victim = min(pods)
+    with calm.under_load(client_beside(), REGULARS) as sent:
+        kill(own_cluster, pods[victim], "hbm-sidecar")
+        wait_for(
+            lambda: restarts(calm.kubectl.get("pod", victim), "hbm-sidecar") == 1,
+            120,
+            "the sidecar to be started again",
+        )
+        edit_policy(calm)
+        in_order(own_cluster, calm)
+    assert sent.failures == []
+    assert restarts(calm.kubectl.get("pod", victim), "server") == 0
+
+
+def test_router(own_cluster: Cluster, calm: Models, client_beside: Callable[..., Client]) -> None:
+    routers = pods_of(own_cluster, "router", calm.namespace)
+    with calm.under_load(client_beside(), REGULARS) as sent:
+        began = time.time()
+        kill(own_cluster, routers[0], "router")
+        in_order(own_cluster, calm)
+    assert unexplained(sent.failures, began, 10) == []
+
+
+def test_redis(own_cluster: Cluster, calm: Models, client_beside: Callable[..., Client]) -> None:
+    (redis,) = pods_of(own_cluster, "redis")
+    with calm.under_load(client_beside(), REGULARS) as sent:
+        kill(own_cluster, redis, "redis")
+        wait_for(
+            lambda: [restarts(pod, "redis") for pod in pods_of(own_cluster, "redis")] == [1],
+            120,
+            "Redis to run again",
+        )
+        in_order(own_cluster, calm)
+    assert sent.failures == []
+
+
+def test_kubelet(own_cluster: Cluster, calm: Models, client_beside: Callable[..., Client]) -> None:
+    node = min(pod["spec"]["nodeName"] for pod in calm.servers().values())
+    with calm.under_load(client_beside(node), REGULARS) as sent:
+        own_cluster.node(node).kubelet.kill()
+        wait_for(lambda: node not in own_cluster.ready_nodes(), 60, f"{node} to be missed")
+        own_cluster.node(node).start_kubelet()
+        own_cluster.wait_nodes_ready()
+        edit_policy(calm)
+        in_order(own_cluster, calm)
+    assert sent.failures == []
+
+
+@pytest.mark.parametrize("part", ["kube-apiserver", "etcd"])
+def test_control_plane(
+    own_cluster: Cluster, calm: Models, client_beside: Callable[..., Client], part: str
+) -> None:
+    plane = own_cluster.control_plane
+    victim = plane.api_server if part == "kube-apiserver" else plane.etcd
+    with calm.under_load(client_beside(), REGULARS) as sent:
+        victim.kill()
+        answered = sum(sent.nodes().values())
+        wait_for(
+            lambda: sum(sent.nodes().values()) > answered + 100, 60, "a hundred answers meanwhile"
+        )
+        own_cluster.repair()
+        edit_policy(calm)
+        in_order(own_cluster, calm)
+    assert sent.failures == []
+
+
+def test_power_of_the_controllers_node(
+    own_cluster: Cluster, calm: Models, client_beside: Callable[..., Client]
+) -> None:
+    (controller,) = pods_of(own_cluster, "controller")
+    lost = controller["spec"]["nodeName"]
+    with calm.under_load(client_beside(lost), REGULARS) as sent:
+        began = time.time()
+        own_cluster.node(lost).power_off()
+        wait_for(lambda: lost not in own_cluster.ready_nodes(), 60, f"{lost} to be missed")
+        missed_s = time.time() - began
+        wait_for(
+            lambda: any(
+                pod["spec"]["nodeName"] != lost for pod in pods_of(own_cluster, "controller")
+            ),
+            180,
+            "a controller on another node",
+            every_s=1,
+        )
+        own_cluster.repair()
+        edit_policy(calm)
+        in_order(own_cluster, calm)
+    assert unexplained(sent.failures, began, missed_s + 10) == []
