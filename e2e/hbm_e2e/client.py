@@ -1,8 +1,8 @@
 """Open-loop load from inside the cluster's network, and what became of each request."""
 
-import itertools
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -58,25 +58,24 @@ class Client:
     """`hbm_load` on a node of our own cluster: it finds Services as pods of that node do.
 
     Runs in the node's network alone, so that nothing but a cut cable disturbs it. Each request has
-    an id of its own; the log is the client's, not what a server says.
+    an id of its own; the log is the client's, not what a server says. It lies with the logs of the
+    cluster's daemons, so a bundle has it.
     """
 
-    def __init__(self, cluster: Cluster, node: str, folder: Path) -> None:
+    def __init__(self, cluster: Cluster, node: str) -> None:
         self._enter = cluster.node(node).place.enter
-        self._folder = folder
-        self._numbers = itertools.count(1)
+        self._folder = cluster.folder
 
     @contextmanager
     def sending(self, url: str, scenario: Path) -> Iterator[Sent]:
         """Send a scenario to `http://address:port` meanwhile; ends with the last due answer."""
-        number = next(self._numbers)
-        records = self._folder / f"requests-{number}.parquet"
+        run = f"client-{time.strftime('%H%M%S')}-{scenario.stem}"
+        records = self._folder / "logs" / f"{run}.parquet"
         daemon = Daemon(
-            f"client-{number}",
+            run,
             [
                 *(sys.executable, "-m", "hbm_load", "--url", url, "--records", str(records)),
-                *("--scenario", str(scenario), "--seconds", str(SCENARIO_S)),
-                *("--seed", str(number), "--progress-s", "1"),
+                *("--scenario", str(scenario), "--seconds", str(SCENARIO_S), "--progress-s", "1"),
             ],
             self._folder,
         )

@@ -88,12 +88,22 @@ class Models:
             yield sent
 
 
-def remove_everything(cluster: AnyCluster, *namespaces: str) -> None:
-    """What an earlier run left: the release, the definitions with all objects, namespaces."""
+def remove_everything(cluster: AnyCluster, *namespaces: str, wait: bool = True) -> None:
+    """The release, the definitions with all objects, and namespaces (waited for, unless told)."""
     try:
         cluster.helm("uninstall", RELEASE, "--namespace", SYSTEM, "--ignore-not-found", "--wait")
     except HarnessError as error:
         raise HarnessError(f"cannot remove an earlier installation: {error}") from error
     kubectl = cluster.kubectl
     kubectl("delete", "crd", *CRDS, "--ignore-not-found", timeout_s=180)
-    kubectl("delete", "namespace", SYSTEM, *namespaces, "--ignore-not-found", timeout_s=180)
+    kubectl(
+        *(
+            "delete",
+            "namespace",
+            SYSTEM,
+            *namespaces,
+            "--ignore-not-found",
+            f"--wait={str(wait).lower()}",
+        ),
+        timeout_s=180,
+    )

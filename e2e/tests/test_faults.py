@@ -42,7 +42,7 @@ def installed(cluster: AnyCluster, checkout: Checkout) -> Iterator[Models]:
     models.kubectl("apply", "-f", str(examples / "policy.yaml"))
     models.kubectl("apply", "-f", str(examples / "server.yaml"))
     yield models
-    remove_everything(cluster, "models")
+    remove_everything(cluster, "models", wait=False)
 
 
 @pytest.fixture
@@ -79,13 +79,12 @@ def in_order(cluster: Cluster, models: Models) -> None:
 
 
 @pytest.fixture
-def client_beside(cluster: AnyCluster, tmp_path: Path) -> Callable[..., Client]:
+def client_beside(own_cluster: Cluster) -> Callable[..., Client]:
     """A client on a node that is none of those given."""
 
     def beside(*nodes: str) -> Client:
-        assert isinstance(cluster, Cluster)
-        free = next(node.name for node in cluster.nodes if node.name not in nodes)
-        return Client(cluster, free, tmp_path)
+        free = next(node.name for node in own_cluster.nodes if node.name not in nodes)
+        return Client(own_cluster, free)
 
     return beside
 

@@ -60,7 +60,7 @@ def walk(cluster: AnyCluster, checkout: Checkout) -> Iterator[Walk]:
     }
     remove_everything(cluster, "models", POLICY_FIRST)
     yield Walk(Shell(checkout.folder, environ))
-    remove_everything(cluster, "models", POLICY_FIRST)
+    remove_everything(cluster, "models", POLICY_FIRST, wait=False)
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +69,10 @@ def models(cluster: AnyCluster) -> Models:
 
 
 @pytest.fixture(scope="module")
-def client(cluster: AnyCluster, tmp_path_factory: pytest.TempPathFactory) -> Client:
+def client(cluster: AnyCluster) -> Client:
     if not isinstance(cluster, Cluster):
         pytest.skip("the client runs in the network of a node of our own")
-    return Client(cluster, "n1", tmp_path_factory.mktemp("client"))
+    return Client(cluster, "n1")
 
 
 def columns(models: Models, *headings: str) -> list[tuple[str, ...]]:
@@ -244,7 +244,7 @@ def test_a_policy_may_be_there_first(cluster: AnyCluster, checkout: Checkout) ->
     models.wait_followed()
     (found,) = models.partitions().values()
     assert condition(found, "Admitted") == ("True", "PolicySelected")
-    cluster.kubectl("delete", "namespace", POLICY_FIRST, timeout_s=180)
+    cluster.kubectl("delete", "namespace", POLICY_FIRST, "--wait=false")
 
 
 def test_upgrades_leave_running_sidecars_connected(
