@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "story: each test of the file begins where the one before it ended"
     )
     config.addinivalue_line(
-        "markers", "e2e_full: kills, power cuts and hours of certificates; `make e2e-full`"
+        "markers", "e2e_full: kills and power cuts; left out of `make e2e`"
     )
 
 

@@ -223,6 +223,7 @@ def test_prometheus_scrapes_nodes_and_pods(own_cluster: Cluster) -> None:
         prometheus.stop()
 
 
+@pytest.mark.e2e_full
 def test_a_killed_kubelet_comes_back_and_pods_do_not_notice(
     own_cluster: Cluster, web: Kubectl
 ) -> None:
@@ -241,6 +242,7 @@ def test_a_killed_kubelet_comes_back_and_pods_do_not_notice(
         assert [one["restartCount"] for one in found["status"]["containerStatuses"]] == [0]
 
 
+@pytest.mark.e2e_full
 def test_a_killed_containerd_leaves_its_containers_running(
     own_cluster: Cluster, web: Kubectl
 ) -> None:
@@ -258,6 +260,7 @@ def test_a_killed_containerd_leaves_its_containers_running(
     assert web.exec(name, *start_time, container="server") == started
 
 
+@pytest.mark.e2e_full
 def test_killed_api_server_and_etcd_keep_the_objects(own_cluster: Cluster, web: Kubectl) -> None:
     plane = own_cluster.control_plane
     plane.api_server.kill()
@@ -269,6 +272,7 @@ def test_killed_api_server_and_etcd_keep_the_objects(own_cluster: Cluster, web: 
     assert len(ready_pods(web, "app=web")) == 4
 
 
+@pytest.mark.e2e_full
 def test_power_off_moves_the_pods_and_power_on_brings_the_node_back(
     own_cluster: Cluster, web: Kubectl
 ) -> None:
