@@ -20,9 +20,13 @@ class HttpRequest(NamedTuple):
 
 
 def rank_request(
-    request: TraceRequest, host: str, request_id: str, deadline_ms: float | None = None
+    request: TraceRequest,
+    host: str,
+    request_id: str,
+    deadline_ms: float | None = None,
+    prefix: str = "",
 ) -> HttpRequest:
-    """Head and body of `request` for the server `host` (`name:port`)."""
+    """Head and body of `request` for the server `host` (`name:port`) below the path `prefix`."""
     body = orjson.dumps(
         {
             "history": {"items": request.items, "timestamps": request.timestamps},
@@ -32,7 +36,7 @@ def rank_request(
         option=orjson.OPT_SERIALIZE_NUMPY,
     )
     lines = [
-        f"POST {PATH} HTTP/1.1",
+        f"POST {prefix}{PATH} HTTP/1.1",
         f"host: {host}",
         "content-type: application/json",
         f"content-length: {len(body)}",

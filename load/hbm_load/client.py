@@ -29,7 +29,7 @@ class LoadConfig:
     """How requests are sent."""
 
     url: str
-    """`http://host:port` of the router, or of a server."""
+    """`http://host:port` of the router, or of a server; a path after it goes before `/v1/rank`."""
     timeout_s: float = 10.0
     """From the intended time; an answer later than that is a timeout."""
     max_in_flight: int = 1024
@@ -65,6 +65,7 @@ class LoadClient:
         self._config = config
         self._on_done = on_done
         self._host = f"{target.hostname}:{target.port or 80}"
+        self._prefix = target.path.rstrip("/")
         self._pool = ConnectionPool(target.hostname, target.port or 80)
         self._start_s = 0.0
         random = np.random.default_rng([trace.seed, 5])
@@ -87,6 +88,7 @@ class LoadClient:
                     self._host,
                     self.records.request_id[index],
                     self._config.deadline_ms,
+                    self._prefix,
                 )
                 if await _stopped_before(stop, self._start_s + float(offset_s)):
                     break

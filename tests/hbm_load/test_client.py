@@ -226,6 +226,23 @@ async def test_records_survive_parquet(trace: Trace, serve_on, tmp_path: Path) -
     np.testing.assert_array_equal(back.numbers["alpha"], records.numbers["alpha"])
 
 
+async def test_a_path_in_the_address_goes_before_that_of_the_request(
+    trace: Trace, serve_on
+) -> None:
+    asked: list[bytes] = []
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            asked.append(await reader.readline())
+            await read_request(reader)
+            writer.write(answer([0.5] * 8))
+
+    async with serve_on(handler) as port:
+        records = await LoadClient(trace, LoadConfig(f"http://127.0.0.1:{port}/proxy/")).run()
+    assert records.ok.all()
+    assert set(asked) == {b"POST /proxy/v1/rank HTTP/1.1\r\n"}
+
+
 @pytest.mark.parametrize("url", ["127.0.0.1:80", "https://a", "http://", "x"])
 def test_a_bad_address_is_refused_before_anything_is_sent(trace: Trace, url: str) -> None:
     with pytest.raises(ClientError, match="not of the form http://host:port"):
