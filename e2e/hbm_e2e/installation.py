@@ -17,6 +17,7 @@ from hbm_e2e.waiting import wait_for
 RELEASE = "hbm"
 SYSTEM = "hbm-system"
 MODELS = "models"
+ROUTER = "hbm-router-rank"
 CRDS = ("hbmpartitions.hbm-partition.io", "hbmpolicies.hbm-partition.io")
 SIDECAR_PORT = 9400
 REQUEST = "docs/examples/request.json"
@@ -71,14 +72,10 @@ class Models:
         path = f"/api/v1/namespaces/{self.namespace}/services/{service}:http/proxy/v1/rank"
         return self.kubectl("create", "--raw", path, "-f", str(checkout.folder / REQUEST))
 
-    def router_url(self) -> str:
-        """Of the Service in front of the routers, for a client inside the cluster's network."""
-        return f"http://{self.kubectl.get('service', 'hbm-router-rank')['spec']['clusterIP']}:80"
-
     @contextmanager
     def under_load(self, client: Client, scenario: Path) -> Iterator[Sent]:
         """Requests through the router meanwhile; all servers have answered before the block."""
-        with client.sending(self.router_url(), scenario) as sent:
+        with client.sending(self.kubectl, ROUTER, scenario) as sent:
             wait_for(
                 lambda: len(sent.nodes()) >= len(self.servers()),
                 60,

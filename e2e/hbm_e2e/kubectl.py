@@ -55,7 +55,7 @@ class Kubectl:
     def __init__(self, program: Path | str, kubeconfig: Path, namespace: str | None = None) -> None:
         self.program = program
         self.kubeconfig = kubeconfig
-        self._namespace = namespace
+        self.namespace = namespace
 
     def within(self, namespace: str) -> "Kubectl":
         """The same runner with another default namespace."""
@@ -63,7 +63,7 @@ class Kubectl:
 
     def command(self, *words: str) -> list[str]:
         """The full command line, for callers that run it themselves (logs -f, port-forward)."""
-        namespace = ["--namespace", self._namespace] if self._namespace else []
+        namespace = ["--namespace", self.namespace] if self.namespace else []
         return [str(self.program), "--kubeconfig", str(self.kubeconfig), *namespace, *words]
 
     def __call__(self, *words: str, given: str | None = None, timeout_s: float = 120) -> str:
@@ -99,7 +99,7 @@ class Kubectl:
         wait_for(
             lambda: self("get", "serviceaccount", name, "--ignore-not-found"),
             60,
-            f"service account {name} in {self._namespace}",
+            f"service account {name} in {self.namespace}",
         )
 
     def wait_gone(self, *words: str, timeout_s: float = 60) -> None:

@@ -50,9 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "story: each test of the file begins where the one before it ended"
     )
-    config.addinivalue_line(
-        "markers", "e2e_full: kills and power cuts; left out of `make e2e`"
-    )
+    config.addinivalue_line("markers", "e2e_full: kills and power cuts; left out of `make e2e`")
 
 
 @pytest.hookimpl(wrapper=True)

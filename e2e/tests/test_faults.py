@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 from hbm_e2e.checkout import Checkout
-from hbm_e2e.client import Client, Failure
+from hbm_e2e.client import Client, Failure, NodeClient
 from hbm_e2e.cluster import AnyCluster, Cluster
-from hbm_e2e.errors import HarnessError
 from hbm_e2e.installation import RELEASE, SYSTEM, Models, remove_everything
 from hbm_e2e.objects import condition, containers, is_ready, name
 from hbm_e2e.processes import kill
@@ -84,7 +83,7 @@ def client_beside(own_cluster: Cluster) -> Callable[..., Client]:
 
     def beside(*nodes: str) -> Client:
         free = next(node.name for node in own_cluster.nodes if node.name not in nodes)
-        return Client(own_cluster, free)
+        return NodeClient(own_cluster, free)
 
     return beside
 
@@ -189,20 +188,16 @@ def test_child_of_the_sidecar(
 ) -> None:
     pods = calm.servers()
     victim = min(pods)
-    restarted = f'hbm_sidecar_child_restarts_total{{child="{child}"}}'
+
+    def restarted() -> int:
+        count: int = calm.partitions()[victim]["status"]["sidecar"]["restarts"]
+        return count
+
+    before = restarted()
     with calm.under_load(client_beside(), REGULARS) as sent:
-        before = calm.sidecar_metrics(victim)[restarted]
         kill(own_cluster, pods[victim], "hbm-sidecar", f"hbm_sidecar.{child}")
-        # Counters of admin start anew with it; those of its siblings' restarts are kept elsewhere.
-        wait_for(
-            lambda: (
-                _metrics_or_none(calm, victim).get(restarted, -1.0)
-                > (-1.0 if child == "admin" else before)
-            ),
-            60,
-            f"{child} to be restarted",
-        )
         edit_policy(calm)
+        wait_for(lambda: restarted() == before + 1, 120, "the restart to be told", every_s=1)
         in_order(own_cluster, calm)
     assert sent.failures == []
     pod = calm.kubectl.get("pod", victim)
@@ -210,14 +205,6 @@ def test_child_of_the_sidecar(
     ready = next(one for one in pod["status"]["conditions"] if one["type"] == "Ready")
     was = next(one for one in pods[victim]["status"]["conditions"] if one["type"] == "Ready")
     assert ready["lastTransitionTime"] == was["lastTransitionTime"]
-
-
-def _metrics_or_none(models: Models, pod: str) -> dict[str, float]:
-    """Empty while the admin process is away."""
-    try:
-        return models.sidecar_metrics(pod)
-    except HarnessError:
-        return {}
 
 
 def test_first_process_of_the_sidecar(
