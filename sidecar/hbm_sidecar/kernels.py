@@ -34,12 +34,16 @@ def unpack(environment: Mapping[str, str]) -> str:
     return ""
 
 
-def compile_kernels() -> int:
-    """Run the twin once on one made-up request, so that every kernel is compiled (and cached where
-    NUMBA_CACHE_DIR says). Returns the number of requests simulated."""
+def compile_kernels(requests: int = 512) -> int:
+    """Run a small twin until every kernel is compiled (and cached where NUMBA_CACHE_DIR says).
+
+    Two width classes whose demand changes half-way: the virtual caches divide their room anew,
+    and both grow and shrink. Returns the number of requests simulated.
+    """
     import numpy as np
     from hbm_policy.costs import CostConstants
     from hbm_policy.twin import Twin
+    from hbm_pool.contracts.identity import row_keys
     from hbm_pool.contracts.records import (
         MAX_CLASSES,
         CostModel,
@@ -49,45 +53,50 @@ def compile_kernels() -> int:
         TableMap,
     )
 
+    rows = 4096
     info = ServerInfo(
         node="kernels",
         model="kernels",
         extents=64,
-        extent_bytes=1 << 20,
-        page_tokens=16,
+        extent_bytes=4096,
+        page_tokens=4,
         pages_per_extent=4,
-        max_sequence_tokens=256,
-        drop_block_tokens=64,
-        tables=(TableMap("items", 1 << 20, 0, hashed=False),),
-        classes=(
-            RowClass(row_bytes=128, rows_per_extent=8192, catalogue_rows=1 << 20, tables=(0,)),
-        ),
+        max_sequence_tokens=128,
+        drop_block_tokens=32,
+        tables=(TableMap("a", rows, 0, False), TableMap("b", rows, 1, True)),
+        classes=(RowClass(64, 32, rows, (0,)), RowClass(32, 64, rows, (1,))),
         cost_model=CostModel.SERIAL,
-        sample_rate=0.01,
+        sample_rate=1.0,
         alpha_min=0.1,
         alpha_max=0.9,
         slo_ms=50.0,
         device="cpu",
     )
-    keys = np.arange(2, dtype=np.uint64)
-    sample = RequestSample(
-        user=1,
-        history_tokens=32,
-        candidates=2,
-        rows_total=34,
-        history_rows_total=32,
-        page_fingerprints=np.arange(2, dtype=np.uint32),
-        history_keys=keys,
-        history_positions=np.arange(2, dtype=np.uint32),
-        candidate_keys=keys[:1],
-    )
+    chance = np.random.default_rng(1)
+    samples = []
+    for request in range(requests):
+        table = int(request >= requests // 2)
+        keys = row_keys(table, chance.integers(0, rows, 40))
+        samples.append(
+            RequestSample(
+                user=int(chance.integers(1, 64)),
+                history_tokens=32,
+                candidates=8,
+                rows_total=40,
+                history_rows_total=32,
+                page_fingerprints=np.arange(8, dtype=np.uint32),
+                history_keys=keys[:32],
+                history_positions=np.arange(32, dtype=np.uint32),
+                candidate_keys=keys[32:],
+            )
+        )
     twin = Twin(info)
-    twin.feed([sample], 0, CostConstants(1.0, 0.01, 0.0, (0.001,) * MAX_CLASSES))
+    twin.feed(samples, 0, CostConstants(1.0, 0.01, 0.0, (0.001,) * MAX_CLASSES))
     return twin.requests
 
 
 def main() -> None:
-    """Entry of the image build; ends with 1 when the request was not simulated."""
+    """Entry of the image build; ends with 1 when nothing was simulated."""
     if len(sys.argv) != 2:
         sys.exit("usage: python -m hbm_sidecar.kernels DIRECTORY")
     directory = Path(sys.argv[1]).absolute()
@@ -98,7 +107,7 @@ def main() -> None:
             [sys.executable, "-m", "hbm_sidecar.kernels", str(directory)],
             {**os.environ, CACHE: str(directory)},
         )
-    if compile_kernels() != 1 or not any(directory.rglob("*.nbi")):
+    if compile_kernels() == 0 or not any(directory.rglob("*.nbi")):
         sys.exit(f"no kernel was cached in {directory}")
 
 
