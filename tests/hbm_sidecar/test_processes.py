@@ -255,6 +255,8 @@ def test_a_suspended_twin_is_stale_and_comes_back(pair, wait_for) -> None:
     sidecar, server = pair
     sidecar.control("PUT", "/v1/partition", json={"mode": "auto", "tick_ms": 50})
     server.tell(traffic=4)
+    # The newest decision may still be about another server, and its anchor another twin's.
+    wait_for(lambda: curves(sidecar).get("boot_epoch") == server.boot_epoch, "curves of this one")
     wait_for(lambda: newest(sidecar).get("anchor") is not None, "an anchor")
     twin = sidecar.pid("twin")
     os.kill(twin, signal.SIGSTOP)
