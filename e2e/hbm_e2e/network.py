@@ -7,6 +7,7 @@ from pathlib import Path
 from hbm_e2e.kubectl import run
 
 CONTROL_ADDRESS = "172.31.0.1"
+BRIDGE_ADDRESS = "02:00:00:00:00:01"
 SERVICE_RANGE = "10.96.0.0/16"
 POD_RANGE = "10.244.0.0/16"
 
@@ -47,7 +48,9 @@ class Network:
         control = self.control
         run(["ip", "netns", "add", control.namespace])
         _ip(control, "link set lo up")
-        _ip(control, "link add br0 type bridge")
+        # Else it takes that of a cable and changes it with the cables: all nodes would lose sight
+        # of the API server when one is cut.
+        _ip(control, f"link add br0 address {BRIDGE_ADDRESS} type bridge")
         _ip(control, f"addr add {control.address}/24 dev br0")
         _ip(control, "link set br0 up")
         # Never used, but the packet must find a route before its Service address is rewritten.
