@@ -32,7 +32,7 @@ ADMIN: Final = "hbm-admin"
 COMMANDS: Final = (
     *("hset", "hgetall", "set", "get", "mget", "del", "pexpire"),
     *("zadd", "zrem", "zrangebyscore", "zremrangebyscore"),
-    *("multi", "exec", "discard", "ping", "select"),
+    *("multi", "exec", "discard", "ping", "select", "client|setname"),
 )
 """What sidecar and router use; none of them tells of other keys or other clients."""
 TIMEOUT_S: Final = 5.0

@@ -142,9 +142,8 @@ async def test_two_tenants_refuse_each_others_keys(
     a, b = others
     for name in others:
         await one.ensure(name)
-    client = redis.Redis.from_url((await secret(kube, a))["url"])
-
-    # What a sidecar and a router do.
+    # What a sidecar and a router do; a router says its name.
+    client = redis.Redis.from_url((await secret(kube, a))["url"], client_name="hbm-router")
     with client.pipeline(transaction=True) as pipe:
         pipe.hset(f"hbm:{a}:n:pod", mapping={"epoch": 1})
         pipe.pexpire(f"hbm:{a}:n:pod", 1000)
