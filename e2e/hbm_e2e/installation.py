@@ -20,6 +20,7 @@ MODELS = "models"
 ROUTER = "hbm-router-rank"
 CRDS = ("hbmpartitions.hbm-partition.io", "hbmpolicies.hbm-partition.io")
 SIDECAR_PORT = 9400
+ROUTER_ADMIN_PORT = 8081
 REQUEST = "docs/examples/request.json"
 
 
@@ -62,15 +63,33 @@ class Models:
             because=lambda: self.kubectl("get", "hbmp,pods"),
         )
 
+    def routers(self) -> dict[str, Any]:
+        """Ready pods of the route by name."""
+        pods = self.kubectl.items("pods", "-l", "hbm-partition.io/route=rank")
+        return {name(pod): pod for pod in pods if is_ready(pod)}
+
     def sidecar_metrics(self, pod: str) -> dict[str, float]:
         """`/metrics` of a pod's sidecar."""
-        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}:{SIDECAR_PORT}/proxy/metrics"
-        return samples(self.kubectl("get", "--raw", path))
+        return self._metrics(pod, SIDECAR_PORT)
+
+    def router_metrics(self, pod: str) -> dict[str, float]:
+        """`/metrics` of a router."""
+        return self._metrics(pod, ROUTER_ADMIN_PORT)
+
+    def digests_arrive(self) -> bool:
+        """Whether every sidecar reaches Redis, and every router reads there."""
+        return all(
+            self.sidecar_metrics(pod)["hbm_sidecar_redis_up"] == 1 for pod in self.servers()
+        ) and all(self.router_metrics(pod)["hbm_router_store_up"] == 1 for pod in self.routers())
 
     def rank(self, service: str, checkout: Checkout) -> str:
         """The answer to one request, through the API server's proxy."""
         path = f"/api/v1/namespaces/{self.namespace}/services/{service}:http/proxy/v1/rank"
         return self.kubectl("create", "--raw", path, "-f", str(checkout.folder / REQUEST))
+
+    def _metrics(self, pod: str, port: int) -> dict[str, float]:
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}:{port}/proxy/metrics"
+        return samples(self.kubectl("get", "--raw", path))
 
     @contextmanager
     def under_load(self, client: Client, scenario: Path) -> Iterator[Sent]:

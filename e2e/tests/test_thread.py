@@ -14,7 +14,7 @@ from hbm_e2e.cluster import AnyCluster, Cluster
 from hbm_e2e.images import PROJECT
 from hbm_e2e.installation import RELEASE, SYSTEM, Models, remove_everything
 from hbm_e2e.kubectl import CommandFailed
-from hbm_e2e.objects import condition, containers, is_ready, name
+from hbm_e2e.objects import condition, containers, name
 from hbm_e2e.tables import rows
 from hbm_e2e.waiting import wait_for
 from hbm_e2e.walkthrough import Block, Shell, programs, sh_blocks
@@ -133,8 +133,8 @@ def test_it_says_what_it_does(walk: Walk) -> None:
 def test_a_router_answers(walk: Walk, models: Models) -> None:
     said = walk.take("A router")
     assert '"scores":[' in said
-    routers = models.kubectl.items("pods", "-l", "hbm-partition.io/route=rank")
-    assert sum(is_ready(pod) for pod in routers) == 2
+    assert len(models.routers()) == 2
+    wait_for(models.digests_arrive, 60, "digests to travel from sidecars to routers", every_s=1)
 
 
 def test_auto_moves_alpha_where_the_load_wants_it(models: Models, client: Client) -> None:
@@ -259,12 +259,7 @@ def test_upgrades_leave_running_sidecars_connected(
                 *("--set", f"controller.podAnnotations.upgrade=number-{number}"),
                 *("--set", f"redis.podAnnotations.upgrade=number-{number}"),
             )
-            for pod in before:
-                wait_for(
-                    lambda pod=pod: _beats(models, pod),  # type: ignore[misc]
-                    60,
-                    f"{pod} to reach the new Redis",
-                )
+            wait_for(models.digests_arrive, 60, "all to reach the new Redis", every_s=1)
     assert sent.failures == []
     assert set(models.servers()) == set(before)
     for pod, metrics in before.items():
@@ -272,10 +267,6 @@ def test_upgrades_leave_running_sidecars_connected(
         assert after["hbm_sidecar_kube_up"] == 1
         assert after["hbm_sidecar_heartbeats_total"] > metrics["hbm_sidecar_heartbeats_total"]
     cluster.helm("test", RELEASE, "--namespace", SYSTEM)
-
-
-def _beats(models: Models, pod: str) -> bool:
-    return models.sidecar_metrics(pod)["hbm_sidecar_redis_up"] == 1
 
 
 def test_dashboards_are_there(walk: Walk) -> None:
