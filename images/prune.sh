@@ -7,6 +7,8 @@ rm -rf "$site"/pip "$site"/pip-* "$site"/setuptools* "$site"/_distutils_hack "$s
 find "$site" -type d -name tests -prune -exec rm -rf {} +
 find "$site" \( -name '*.a' -o -name '*.h' -o -name '*.pyi' -o -name '*.pxd' -o -name '*.pyx' -o -name '*.c' \) -type f -delete
 find "$site" -type d -name __pycache__ -prune -exec rm -rf {} +
+# A terminal shows no source but Python.
+find "$site"/pygments/lexers -name '*.py' ! -name __init__.py ! -name _mapping.py ! -name python.py -delete
 # Of our own packages only those of this image.
 case "$1" in
     operator)

@@ -6,7 +6,7 @@ set -eu
 root=$1
 shift
 # Documentation but for copyright; tables of character sets that nobody converts; what of Python is for developers.
-leave='^/usr/share/(man|info|lintian|locale|bug|doc-base|doc/.*[^t]$)|/gconv/|/python3.11/(lib2to3|pydoc_data|idlelib|ensurepip|distutils|unittest)/'
+leave='^/usr/share/(man|info|lintian|locale|bug|gcc|gdb|doc-base|doc/.*[^t]$)|/gconv/|/python3.11/(lib2to3|pydoc_data|idlelib|ensurepip|distutils|unittest)/'
 mkdir -p "$root/usr" "$root/tmp" "$root/var/lib/dpkg/status.d" "$root/etc/ssl" "$root/run"
 chmod 1777 "$root/tmp"
 for link in bin sbin lib lib32 lib64 libx32; do
