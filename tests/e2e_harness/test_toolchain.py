@@ -74,7 +74,12 @@ def test_missing_debian_packages_are_named_once(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_command_line_says_in_one_line_that_nothing_is_up(tmp_path: Path) -> None:
-    environ = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(PACKAGE_ROOT)}
+    environ = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PYTHONPATH": str(PACKAGE_ROOT),
+        "HBM_E2E_NAME": "nowhere",
+    }
     result = subprocess.run(
         [sys.executable, "-m", "hbm_e2e", "status"],
         env=environ,
@@ -83,4 +88,4 @@ def test_the_command_line_says_in_one_line_that_nothing_is_up(tmp_path: Path) ->
         check=False,
     )
     assert result.returncode == 2
-    assert result.stderr == "cluster hbm-e2e is not up\n"
+    assert result.stderr == "cluster nowhere is not up\n"

@@ -247,6 +247,7 @@ def test_put_names_the_object(world: Running) -> None:
 
 def test_measured_values_come_with_the_next_report(world: Running) -> None:
     world.until_applied(world.fixed(0.4))
+    world.until_alpha(0.4)  # before Hold keeps it wherever the ramp has come to
 
     def told() -> dict[str, Any]:
         world.until_applied(world.ask(mode="Hold"))
