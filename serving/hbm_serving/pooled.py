@@ -119,7 +119,7 @@ _STATS = (
     ("extents_free", "gauge", "Extents nobody holds."),
     ("extents_pending", "gauge", "Extents given up, still read by work in flight."),
     ("moving", "gauge", "1 while a move is under way."),
-    ("moves", "counter", "Finished changes of alpha."),
+    ("moves", "counter", "Finished changes of alpha; a ramp is one."),
     ("moved_extents", "counter", "Extents that changed sides, both directions."),
     ("relocated_rows", "counter", "Rows copied by planned moves."),
     ("reclaimed_extents", "counter", "Extents EMB gave up because KV's pins left no room."),

@@ -87,8 +87,7 @@ def reason_codes(reasons: int) -> list[str]:
 def starts_move(record: npt.NDArray[np.void]) -> bool:
     """Whether a decision starts a move and commands it.
 
-    One change of where α is to go is one move, however many ramp steps it takes: the server's
-    `moves` counts the steps.
+    One change of where α is to go is one move, however many ramp steps it takes.
     """
     return int(record["generation"]) > 0 and bool(int(record["reasons"]) & Reason.MOVE_STARTED)
 

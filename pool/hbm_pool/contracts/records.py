@@ -53,7 +53,7 @@ TELEMETRY: Final = np.dtype(
         ("extents_free", "<i8"),
         ("extents_pending", "<i8"),
         ("moving", "<i8"),  # 1 while a planned move is under way
-        ("moves", "<u8"),  # finished changes of alpha
+        ("moves", "<u8"),  # changes of alpha that were finished; a ramp of commands is one
         ("moved_extents", "<u8"),
         ("relocated_rows", "<u8"),  # rows copied by planned moves
         # Requests.

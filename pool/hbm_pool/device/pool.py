@@ -90,6 +90,7 @@ class Pool:
             max_emb_extents=config.max_emb_extents,
             slice_budget_us=config.slice_budget_us,
             lock=self._lock,
+            clock_s=clock_s,
         )
         self.kv = KVCache(self.arena, config.kv, index, self._lock, spans, self._split.reclaim)
         self.refiller = Refiller(self.emb, config.refill_bytes_per_s, clock_s=clock_s)

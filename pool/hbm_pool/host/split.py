@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 import threading
+import time
+from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +25,9 @@ from hbm_pool.host.kv_index import KVIndex
 
 GROWTH_SLICE_EXTENTS: Final = 512
 """Extents that change hands towards EMB at one batch boundary of a planned move."""
+RAMP_PAUSE_S: Final = 0.75
+"""Targets in one direction that follow each other within this time are one ramp: a controller sets
+one per tick (250 ms) and rests longer between moves."""
 
 
 class EmbSide(Protocol):
@@ -55,7 +60,7 @@ class SplitCounters(NamedTuple):
     target_emb_extents: int
     moving: bool
     moves: int
-    """Finished changes of α."""
+    """Changes of the target α that were reached; a ramp of targets is one."""
     moved_extents: int
     """Extents that changed sides, both directions."""
     reclaimed_extents: int
@@ -77,6 +82,7 @@ class Split:
         max_emb_extents: int,
         slice_budget_us: float,
         lock: threading.Lock,
+        clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.ledger = ledger
         self.kv = kv
@@ -94,6 +100,10 @@ class Split:
         self._drop_only = False
         self._requested: tuple[int, bool] | None = None
         self._under_way = False
+        self._clock_s = clock_s
+        self._direction = 0  # of the newest change of the target: -1, 1; 0 before the first
+        self._counted = True  # whether that change is among `moves`
+        self._reached_s = -math.inf  # when a target was reached last
         self._promised = 0  # extents EMB has marked for us and not released yet
         emb.grow(ledger.take(Owner.EMB, emb_extents))
         kv.limit = ledger.num_extents - emb_extents
@@ -218,7 +228,10 @@ class Split:
             if self._target == self.ledger.count(Owner.EMB):
                 self._under_way = False
                 self._drop_only = False
-                self.moves += 1
+                self._reached_s = self._clock_s()
+                if not self._counted:
+                    self._counted = True
+                    self.moves += 1
         return True
 
     def _take_over(self) -> None:
@@ -228,6 +241,12 @@ class Split:
         self._requested = None
         if target == self._target and not self._under_way:
             return
+        if target != self._target:
+            direction = 1 if target > self._target else -1
+            paused = self._clock_s() - self._reached_s > RAMP_PAUSE_S
+            if direction != self._direction or (paused and self._counted):
+                self._counted = False
+            self._direction = direction
         self._target = target
         self._drop_only = drop_only
         self._under_way = True

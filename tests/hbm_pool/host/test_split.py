@@ -12,7 +12,7 @@ from hbm_pool.host.kv_handle import KVHandle
 from hbm_pool.host.kv_index import KVIndex
 from hbm_pool.host.replacement import TzCache
 from hbm_pool.host.row_lag import RowLag
-from hbm_pool.host.split import GROWTH_SLICE_EXTENTS, Split
+from hbm_pool.host.split import GROWTH_SLICE_EXTENTS, RAMP_PAUSE_S, Split
 
 PAGE = 4
 ROWS = 8
@@ -67,6 +67,7 @@ class Node:
             rows=RowLag(300.0, lambda: 0.0),
         )
         self.emb = OneClass(extents)
+        self.now_s = 0.0
         self.split = Split(
             self.ledger,
             self.kv,
@@ -77,6 +78,7 @@ class Node:
             max_emb_extents=high,
             slice_budget_us=100.0,
             lock=threading.Lock(),
+            clock_s=lambda: self.now_s,
         )
 
     def acquire(self, user: int, pages: int) -> KVHandle | None:
@@ -310,6 +312,39 @@ def test_a_new_target_replaces_one_under_way() -> None:
     node.split.step()
     assert node.split.counters().moves == 1
     node.check()
+
+
+def test_a_ramp_is_one_move() -> None:
+    """A controller that goes to 0.8 sets one target per tick."""
+    node = Node(extents=40, emb=20, low=4, high=36)
+    moves = [0]
+
+    def go(*alphas: float, every_s: float = 0.25) -> None:
+        for alpha in alphas:
+            node.split.set_target(alpha)
+            node.settle()
+            node.now_s += every_s
+        moves.append(node.split.counters().moves)
+
+    go(0.55, 0.6, 0.65, 0.7)
+    go(0.65, 0.6)  # another direction
+    go(0.6, 0.6)  # no change
+    node.now_s += 2 * RAMP_PAUSE_S
+    go(0.55, 0.5)  # the same direction after a rest
+    node.now_s += 2 * RAMP_PAUSE_S
+    go(0.4, 0.3, every_s=2 * RAMP_PAUSE_S)
+    assert moves == [0, 1, 2, 2, 3, 5]
+
+
+def test_extents_lent_to_pinned_users_are_no_move() -> None:
+    node = Node()
+    pinned = node.acquire(1, 26)
+    assert pinned is not None
+    assert node.split.alpha < 0.5
+    node.kv.commit(pinned)
+    node.settle()
+    assert node.split.alpha == 0.5
+    assert node.split.counters().moves == 0
 
 
 def test_growth_is_sliced() -> None:
