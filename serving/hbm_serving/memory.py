@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from hbm_pool.device.staging import staging_ring
 from hbm_pool.errors import RowStoreError
 from hbm_pool.host.config import KVSpec, PoolConfig, TableSpec, WidthClass
-from hbm_pool.host.file_store import FileRowStore
+from hbm_pool.host.file_store import CHECKSUM_BYTES, DEFAULT_BUFFER_BYTES, FileRowStore
 from hbm_pool.host.link import LinkModel
 from hbm_pool.host.row_store import RamRowStore, RowStore
 from pydantic import ValidationError
@@ -136,9 +137,10 @@ def layout_of(pool: PoolConfig) -> MemoryLayout:
     )
 
 
-def open_stores(config: Config) -> dict[str, RowStore]:
+def open_stores(config: Config, device: torch.device) -> dict[str, RowStore]:
     """The whole tables on the host: drawn from the seed, out of the weights file, or row files.
 
+    Files are read through a ring of buffers, page-locked where `device` is a GPU.
     Raises `ConfigError`, naming the table, for a file that does not fit.
     """
     model, weights = config.model, config.server.weights
@@ -148,7 +150,7 @@ def open_stores(config: Config) -> dict[str, RowStore]:
         store: RowStore
         if table.file is not None:
             try:
-                store = FileRowStore(table.file)
+                store = FileRowStore(table.file, buffers=_ring(device, row_bytes))
             except RowStoreError as error:
                 raise ConfigError(f"model.tables[{index}].file: {error}") from error
             if (store.rows, store.row_bytes) != (table.rows, row_bytes):
@@ -166,13 +168,17 @@ def open_stores(config: Config) -> dict[str, RowStore]:
     return stores
 
 
+def _ring(device: torch.device, row_bytes: int) -> list[npt.NDArray[np.uint8]]:
+    return staging_ring(device, buffer_bytes=max(DEFAULT_BUFFER_BYTES, row_bytes + CHECKSUM_BYTES))
+
+
 def open_memory(config: Config, device: torch.device) -> Memory:
     """Reserves the pool, or with `cache: false` only opens the tables.
 
     Raises `ConfigError`, and `hbm_pool.ArenaMemoryError` when the device has not enough memory.
     """
     pool = pool_config(config)
-    stores = open_stores(config)
+    stores = open_stores(config, device)
     if not config.server.cache:
         from hbm_serving.uncached import HostMemory
 

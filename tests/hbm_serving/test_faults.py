@@ -10,10 +10,17 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from hbm_pool.host.file_store import CHECKSUM_BYTES, HEADER_BYTES, create_file
+from hbm_pool.host.file_store import (
+    CHECKSUM_BYTES,
+    DEFAULT_BUFFERS,
+    HEADER_BYTES,
+    FileRowStore,
+    create_file,
+)
 from hbm_serving.config import Config
 from hbm_serving.engine import Engine
 from hbm_serving.errors import ConfigError
+from hbm_serving.memory import open_stores
 from hbm_serving.reference import ReferenceScorer
 from hbm_serving.weights import draw_table
 
@@ -72,6 +79,31 @@ def test_files_that_do_not_fit_are_refused(on_file: Config, tmp_path: Path) -> N
     model = on_file.model.model_copy(update={"tables": (absent, *others)})
     with pytest.raises(ConfigError, match=r"model.tables\[0\].file: .*cannot be opened"):
         Engine(on_file.model_copy(update={"model": model}))
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+            ],
+        ),
+    ],
+)
+def test_a_file_is_read_through_a_ring_that_the_device_can_read(
+    on_file: Config, device: str
+) -> None:
+    """Page-locked where a GPU copies out of it, plain memory elsewhere; bounded either way."""
+    (store, *_) = open_stores(on_file, torch.device(device)).values()
+    assert isinstance(store, FileRowStore)
+    buffers = [store._ring.get() for _ in range(DEFAULT_BUFFERS)]
+    assert store.staging_bytes == sum(buffer.nbytes for buffer in buffers)
+    assert {torch.from_numpy(buffer).is_pinned() for buffer in buffers} == {device == "cuda"}
+    store.close()
 
 
 def test_scores_that_are_no_numbers_are_never_sent(
