@@ -23,7 +23,7 @@ from hbm_demo.interrupt import Cleanups
 from hbm_demo.machine import MachineReport, MachineWatch
 from hbm_demo.observe import NodeDescription, NodeObserver, NodeSample
 from hbm_demo.processes import Process, Processes, read_lines
-from hbm_demo.settings import TRACE_RATE_PER_S, DemoSettings
+from hbm_demo.settings import DemoSettings
 from hbm_demo.system import Arm, System, start_system
 
 _LOOK_S: Final = 0.2
@@ -127,7 +127,7 @@ def _start_load(
         command += ["--scenario", settings.scenario]
     else:
         command += ["--trace", str(settings.trace), "--columns", settings.columns]
-        command += ["--rate", str(TRACE_RATE_PER_S), "--catalogue", str(model.model.items)]
+        command += ["--rate", str(settings.rate), "--catalogue", str(model.model.items)]
     process = processes.start("load", command, stdout=subprocess.PIPE)
     assert process.popen.stdout is not None
     os.set_blocking(process.popen.stdout.fileno(), False)

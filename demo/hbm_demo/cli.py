@@ -41,6 +41,7 @@ def demo(
     columns: Annotated[
         str, typer.Option(help="With --trace: the names of its columns.")
     ] = "time,user,items",
+    rate: Annotated[float, typer.Option(help="With --trace: most requests per second.")] = 72.0,
     compare: Annotated[
         bool,
         typer.Option("--compare/--no-compare", help="Send everything again with α fixed."),
@@ -67,6 +68,7 @@ def demo(
                 "scenario": scenario,
                 "trace": trace,
                 "columns": columns,
+                "rate": rate,
                 "compare": compare,
                 "out": out,
                 "as_json": as_json,

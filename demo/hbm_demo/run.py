@@ -23,7 +23,7 @@ from hbm_demo.interrupt import Cleanups
 from hbm_demo.optimum import find_optima
 from hbm_demo.redis_server import redis_executable
 from hbm_demo.score_check import check_scores
-from hbm_demo.settings import MODEL_PRESET, TRACE_RATE_PER_S, DemoSettings
+from hbm_demo.settings import MODEL_PRESET, DemoSettings
 from hbm_demo.summary import summarise
 from hbm_demo.system import ADAPTIVE, FIXED
 
@@ -76,7 +76,7 @@ def _trace(settings: DemoSettings, catalogue: int, max_candidates: int) -> Trace
             settings.trace,
             settings.seed,
             settings.arm_seconds,
-            TRACE_RATE_PER_S,
+            settings.rate,
             catalogue,
             columns=settings.columns,
         )

@@ -13,7 +13,7 @@ DEFAULT_SECONDS: Final = 210.0
 MODEL_PRESET: Final = "demo"
 ALPHA_START: Final = 0.5
 TRACE_RATE_PER_S: Final = 72.0
-"""A log is replayed no faster than this, which two nodes on two cores can serve."""
+"""Two nodes on two cores can serve this much of a log."""
 
 
 class DemoSettings(BaseModel):
@@ -28,6 +28,8 @@ class DemoSettings(BaseModel):
     scenario: str = "demo"
     trace: Path | None = None
     columns: str = "time,user,items"
+    rate: float = Field(TRACE_RATE_PER_S, ge=0.1, le=100_000.0, allow_inf_nan=False)
+    """Most requests per second of a log; a longer log is cut."""
     compare: bool = True
     out: Path = Path("out/demo")
     as_json: bool = False

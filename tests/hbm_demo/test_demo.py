@@ -22,6 +22,7 @@ HBM = [sys.executable, "-m", "hbm_cli.main", "demo"]
         (["--device", "tpu"], "--device: Input should be 'auto', 'cpu' or 'cuda' (got 'tpu')"),
         (["--scenario", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["--trace", "nowhere.csv"], "nowhere.csv: cannot be read"),
+        (["--rate", "0"], "--rate: Input should be greater than or equal to 0.1 (got 0.0)"),
         (["--out", "/proc/nowhere"], "/proc/nowhere cannot be written to"),
         (["--seconds", "soon"], "'--seconds': Input should be a valid number"),
         (["--wrong"], "--wrong"),
@@ -117,7 +118,8 @@ def test_two_demos_side_by_side(tmp_path: Path, marked) -> None:
     log = tmp_path / "log.csv"
     rows = [f"{1_700_000_000 + i},user{i % 17},{i % 90} {i % 31}" for i in range(2000)]
     log.write_text("\n".join(["when,who,what", *rows, "broken line"]) + "\n")
-    flags = ["--nodes", "1", "--seconds", "6", "--no-compare", "--trace", str(log)]
+    # A rate that one node serves beside a second demo on any machine.
+    flags = ["--nodes", "1", "--seconds", "6", "--no-compare", "--trace", str(log), "--rate", "15"]
     calm = load_scenario("demo").model_dump(mode="json")
     for regime in calm["regimes"].values():
         regime["arrivals"]["rate_per_s"] = 25
