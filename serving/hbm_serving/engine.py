@@ -365,6 +365,7 @@ _COUNTED = (
     "kv_tokens_reused",
     "kv_tokens_computed",
     "candidate_tokens",
+    "context_tokens",
     "gather_ms",
     "compute_ms",
     "service_ms",
@@ -380,6 +381,10 @@ _SERVING_COUNTERS = {
     "kv_tokens_reused": ("kv_tokens_reused", "History tokens whose KV was reused."),
     "kv_tokens_computed": ("kv_tokens_computed", "History tokens that were computed."),
     "candidate_tokens": ("candidate_tokens", "Candidates scored."),
+    "context_tokens": (
+        "context_tokens",
+        "History tokens attended to, summed over computed tokens.",
+    ),
     "commands": ("commands", "Commands taken over from the sidecar."),
     "commands_ignored": ("commands_ignored", "Commands outside the server's bounds."),
 }

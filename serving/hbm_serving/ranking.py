@@ -293,6 +293,7 @@ class RankStages:
         counters.batches += 1
         counters.kv_tokens_computed += batch.new_tokens
         counters.candidate_tokens += batch.candidates
+        counters.context_tokens += batch.context_tokens
         counters.gather_ms += work.gather_ms
         counters.compute_ms += compute_ms
         counters.service_ms += service_ms

@@ -75,6 +75,7 @@ class Counters:
         self.kv_tokens_reused = 0
         self.kv_tokens_computed = 0
         self.candidate_tokens = 0
+        self.context_tokens = 0
         self.gather_ms = 0.0
         self.compute_ms = 0.0
         self.service_ms = 0.0

@@ -44,12 +44,15 @@ def test_counters_follow_the_requests(client: httpx.Client) -> None:
                     return sample.value
         raise AssertionError(f"{name} is not there")
 
-    ranked, candidates = (
+    ranked, candidates, context = (
         value("hbm_serving_ranked_total"),
         value("hbm_serving_candidate_tokens_total"),
+        value("hbm_serving_context_tokens_total"),
     )
     for _ in range(3):
         assert client.post("/v1/rank", json=BODY).status_code == 200
     assert client.post("/v1/rank", json={}).status_code == 422
     assert value("hbm_serving_ranked_total") == ranked + 3
     assert value("hbm_serving_candidate_tokens_total") == candidates + 3
+    # Tokens 1 and 2 of the history attend to 1 and 2 tokens, the candidate to both.
+    assert value("hbm_serving_context_tokens_total") == context + 3 * (1 + 2 + 2)

@@ -15,7 +15,7 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 MAX_CLASSES: Final = 4
 """Row-width classes a pool may have."""
 MAX_CURVE_POINTS: Final = 32
@@ -76,6 +76,7 @@ TELEMETRY: Final = np.dtype(
         ("kv_tokens_reused", "<u8"),
         ("kv_tokens_computed", "<u8"),  # history tokens, candidates not counted
         ("candidate_tokens", "<u8"),
+        ("context_tokens", "<u8"),  # history tokens attended to, summed over computed tokens
         ("kv_users", "<i8"),  # resident now
         ("kv_evicted_users", "<u8"),
         # EMB: sums over classes, and per class.
@@ -141,6 +142,9 @@ INTENT: Final = np.dtype(
         ("move_fraction", "<f8"),
         ("min_change", "<f8"),
         ("dwell_ms", "<f8"),
+        # First eight bytes of the sha256 of the learned residual asked for; 0: none. The file is
+        # `residual-HASH.onnx` in the run directory.
+        ("residual_hash", "<u8"),
         ("policy_hash", "<u8"),
     ],
     align=True,
@@ -155,6 +159,13 @@ CURVES: Final = np.dtype(
         ("window_requests", "<u8"),  # behind the values below
         ("requests_lost", "<u8"),  # ring loss seen by the twin (cumulative)
         ("warm", "<f8"),  # share of the virtual caches that has been filled, 0..1
+        # What `cost_ms` is priced by, and where that comes from (hbm_policy.adapter).
+        ("price_fixed_ms", "<f8"),
+        ("price_token_ms", "<f8"),
+        ("price_token_context_ms", "<f8"),
+        ("price_row_ms", "<f8", (MAX_CLASSES,)),
+        ("price_state", "<i8"),  # hbm_policy.costs.PriceState
+        ("price_batches", "<u8"),  # batches that the prices were learned from
         ("alpha", "<f8", (MAX_CURVE_POINTS,)),
         ("cost_ms", "<f8", (MAX_CURVE_POINTS,)),  # mean per request, by the server's cost model
         # Sufficient statistics of the window, per request: with them `decide` can price anew.
@@ -182,6 +193,15 @@ DECISION: Final = np.dtype(
         ("due_us", "<f8"),  # tick due -> command sequence stored
         ("gain", "<f8"),  # predicted saving of moving to the anchor, share of service time
         ("mode", "<i8"),
+        # What each layer added (hbm_policy).
+        ("gate_phase", "<i8"),  # gate.Phase
+        ("gate_cost", "<f8"),  # evidence of a change of cost, 1: the gate opens; < 0: downwards
+        ("gate_arrivals", "<f8"),  # the same for the arrival rate
+        ("shift", "<f8"),  # the residual's correction of the anchor, as taken
+        ("fraction_scale", "<f8"),  # its factor on how far a move goes
+        ("slew_scale", "<f8"),  # factor on how fast, of gate and residual
+        ("wish", "<f8"),  # where the layers below the shield want α; NaN: no wish
+        ("goal", "<f8"),  # where the move under way ends
     ],
     align=True,
 )

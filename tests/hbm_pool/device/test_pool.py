@@ -123,8 +123,16 @@ def test_stats_fill_a_telemetry_record(pool: Pool) -> None:
     owned_by_server = {
         *("monotonic_ns", "boot_epoch", "command_generation", "requests", "errors", "overloads"),
         *("batches", "slo_met", "slo_total", "latency_p50_ms", "latency_p99_ms", "latency_n"),
-        *("queue_depth", "queue_ms", "draining", "candidate_tokens", "gather_ms", "compute_ms"),
-        *("service_ms", "cost_fixed_ms", "cost_token_ms", "cost_token_context_ms", "cost_row_ms"),
+        *("queue_depth", "queue_ms", "draining", "candidate_tokens", "context_tokens"),
+        *(
+            "gather_ms",
+            "compute_ms",
+            "service_ms",
+            "cost_fixed_ms",
+            "cost_token_ms",
+            "cost_token_context_ms",
+            "cost_row_ms",
+        ),
         *("residency_sequence", "requests_lost"),
     }
     assert set(TELEMETRY.names or ()) - set(stats._fields) == owned_by_server
