@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -173,6 +174,10 @@ def serve(
             loop.add_signal_handler(number, stop.set)
         await listen(engine, public, admin, stop, on_ready)
 
+    # What is here now stays: a full collection over torch's objects would hold requests up for
+    # a sixth of a second, and the interpreter runs several before it ends.
+    gc.collect()
+    gc.freeze()
     try:
         uvloop.run(until_signalled())
     finally:
