@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from typing import Final
 
-from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
+from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from hbm_dashboards import partition
 from hbm_dashboards.layout import (
-    BYTES_PER_SECOND,
+    board,
+    choice,
+    moves_and_bursts,
+    section,
+)
+from hbm_dashboards.panels import (
+    THIRD,
+    Column,
+    Levels,
+    copies,
+    figure,
+    graph,
+    pod_table,
+    requests,
+    within_slo,
+)
+from hbm_dashboards.queries import (
     COUNT,
     EVENTS,
     PER_SECOND,
     RATIO,
     SECONDS,
-    THIRD,
-    Column,
-    Levels,
     Query,
-    board,
-    choice,
-    figure,
-    graph,
-    moves_and_bursts,
-    pod_table,
     quantile,
     rates,
     rates_or_none,
@@ -56,65 +63,45 @@ def dashboard() -> Dashboard:
 
 
 def _glance(board: Dashboard) -> None:
-    board.with_row(Row("Now"))
-    board.with_panel(
+    section(
+        board,
+        "Now",
         figure(
             "Pods with a live server",
             "Share of injected pods whose sidecar hears the model server.",
             RATIO,
             f"avg(hbm_sidecar_server_up{{{_PODS}}})",
             levels=Levels(1, 0.9, worse_above=False),
-        )
-    )
-    board.with_panel(
-        figure(
-            "Requests",
-            "Requests scored per second, all pods.",
-            PER_SECOND,
-            rates("hbm_serving_ranked_total", _PODS),
-        )
-    )
-    board.with_panel(
+        ),
+        requests(_PODS, "Requests scored per second, all pods."),
         figure(
             "P99",
             "99th percentile of scored requests over all pods, as the servers see it.",
             SECONDS,
             quantile(0.99, "hbm_serving_request_seconds", _PODS),
-        )
-    )
-    board.with_panel(
-        figure(
-            "Within SLO",
-            "Share of scored requests within their deadline, or within the server's SLO.",
-            RATIO,
-            ratio("hbm_serving_slo_met_total", "hbm_serving_ranked_total", _PODS),
-            levels=Levels(0.99, 0.95, worse_above=False),
-            decimals=2,
-        )
-    )
-    board.with_panel(
+        ),
+        within_slo(_PODS),
         figure(
             "KV hit ratio",
             "Share of KV lookups that reused at least one page.",
             RATIO,
             ratio("hbm_pool_kv_hits_total", "hbm_pool_kv_lookups_total", _PODS),
             decimals=1,
-        )
-    )
-    board.with_panel(
+        ),
         figure(
             "Row hit ratio",
             "Share of row lookups that hit.",
             RATIO,
             ratio("hbm_pool_emb_hits_total", "hbm_pool_emb_accesses_total", _PODS),
             decimals=1,
-        )
+        ),
     )
 
 
 def _pods(board: Dashboard) -> None:
-    board.with_row(Row("Pods"))
-    board.with_panel(
+    section(
+        board,
+        "Pods",
         pod_table(
             "Partitions",
             "One line per injected pod; its name leads to its own dashboard.",
@@ -148,9 +135,7 @@ def _pods(board: Dashboard) -> None:
                 f"/d/{partition.UID}?var-datasource=${{datasource}}"
                 "&var-namespace=${__data.fields.namespace}&var-pod=${__data.fields.pod}",
             ),
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "α",
             "Applied α of each pod.",
@@ -158,9 +143,7 @@ def _pods(board: Dashboard) -> None:
             Query(f"sum by ({_BY_POD}) (hbm_pool_alpha{{{_PODS}}})", "{{namespace}}/{{pod}}"),
             top=1,
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Distance to the best α",
             "How far the applied α of each pod is from the twin's best. Large for long: bounds, "
@@ -173,9 +156,7 @@ def _pods(board: Dashboard) -> None:
             ),
             levels=Levels(0.1, 0.25),
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "P99 by pod",
             "Scored requests of each pod, from the request line to the answer.",
@@ -185,29 +166,20 @@ def _pods(board: Dashboard) -> None:
                 "{{namespace}}/{{pod}}",
             ),
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Moves",
             "Moves of α that sidecars started, per second and namespace.",
             EVENTS,
             Query(rates("hbm_sidecar_moves_total", _PODS, "namespace"), "{{namespace}}"),
             span=THIRD,
-        )
-    )
-    board.with_panel(
-        graph(
-            "Copies to the device",
+        ),
+        copies(
+            _PODS,
             "Rows that requests waited for (foreground) and rows copied in the background after "
             "moves (refill).",
-            BYTES_PER_SECOND,
-            Query(rates("hbm_pool_foreground_bytes_total", _PODS), "foreground"),
-            Query(rates("hbm_pool_refill_bytes_total", _PODS), "refill"),
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Trouble in pods",
             "Pods without a live server, without a stored heartbeat in Redis, or in mode hold.",
@@ -217,13 +189,14 @@ def _pods(board: Dashboard) -> None:
             Query(f'count(hbm_sidecar_mode{{{_PODS}, mode="hold"}} == 1) or vector(0)', "on hold"),
             levels=Levels(1, 5),
             span=THIRD,
-        )
+        ),
     )
 
 
 def _operator(board: Dashboard) -> None:
-    board.with_row(Row("Operator"))
-    board.with_panel(
+    section(
+        board,
+        "Operator",
         graph(
             "Partitions",
             "How many partitions have each condition in each status. Ready and Applied should be "
@@ -233,9 +206,7 @@ def _operator(board: Dashboard) -> None:
                 "sum by (condition, status) (hbm_operator_partitions)", "{{condition}}={{status}}"
             ),
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "What is wrong",
             "Degraded partitions by reason, and pods that ask for the sidecar and run without it.",
@@ -252,9 +223,7 @@ def _operator(board: Dashboard) -> None:
             ),
             levels=Levels(1, 10),
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Admissions",
             "Pods by what the webhook did with them, per second.",
@@ -265,9 +234,7 @@ def _operator(board: Dashboard) -> None:
             ),
             stacked=True,
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Reconciles",
             "Looks of the controller at one object by result, and objects that wait for one.",
@@ -275,9 +242,7 @@ def _operator(board: Dashboard) -> None:
             Query(rates("hbm_operator_reconcile_total", "", "result"), "{{result}}"),
             Query("sum(hbm_operator_queue_depth)", "waiting"),
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Latency of the operator",
             "99th percentiles: one look of the controller, one of its requests, one admission.",
@@ -287,9 +252,7 @@ def _operator(board: Dashboard) -> None:
             Query(quantile(0.99, "hbm_webhook_request_duration_seconds", ""), "admission"),
             levels=Levels(0.5, 2),
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "API requests",
             "Requests of the controller to the API server by status; 0: no answer. 429: it is "
@@ -298,9 +261,7 @@ def _operator(board: Dashboard) -> None:
             Query(rates("hbm_operator_api_requests_total", "", "code"), "{{code}}"),
             stacked=True,
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Silence of watches",
             "Since each watch of the controller last heard something, bookmarks included. Its "
@@ -312,9 +273,7 @@ def _operator(board: Dashboard) -> None:
             ),
             levels=Levels(90, 180),
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Certificate of the webhook",
             "Time left of the certificate that is served, the least of all replicas.",
@@ -322,14 +281,12 @@ def _operator(board: Dashboard) -> None:
             Query("min(hbm_webhook_certificate_expiry_timestamp_seconds) - time()", "left"),
             levels=Levels(30 * 86_400, 7 * 86_400, worse_above=False),
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Events",
             "Kubernetes events of the controller by result. Repeated ones are told once an hour.",
             EVENTS,
             Query(rates_or_none("hbm_operator_events_total", "", "result"), "{{result}}"),
             span=THIRD,
-        )
+        ),
     )

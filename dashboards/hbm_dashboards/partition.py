@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from typing import Final
 
-from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
+from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from hbm_dashboards.layout import (
-    BYTES_PER_SECOND,
-    COUNT,
-    EVENTS,
-    PER_SECOND,
-    RATIO,
-    SECONDS,
-    THIRD,
-    Levels,
-    Query,
     board,
     choice,
+    moves_and_bursts,
+    section,
+)
+from hbm_dashboards.panels import (
+    THIRD,
+    Levels,
+    copies,
     figure,
     graph,
-    moves_and_bursts,
+    requests,
+    within_slo,
+)
+from hbm_dashboards.queries import (
+    COUNT,
+    EVENTS,
+    RATIO,
+    SECONDS,
+    Query,
     quantile,
     rates,
     rates_or_none,
@@ -61,26 +67,23 @@ def dashboard() -> Dashboard:
 
 
 def _glance(board: Dashboard) -> None:
-    board.with_row(Row("Now"))
-    board.with_panel(
+    section(
+        board,
+        "Now",
         figure(
             "α",
             "Share of the pool's extents that hold embedding rows, as the server has it.",
             RATIO,
             f"hbm_pool_alpha{{{_POD}}}",
             decimals=1,
-        )
-    )
-    board.with_panel(
+        ),
         figure(
             "Best α by the twin",
             "The anchor: the α at which the miniature simulation of both caches is cheapest.",
             RATIO,
             f"hbm_sidecar_alpha_anchor{{{_POD}}}",
             decimals=1,
-        )
-    )
-    board.with_panel(
+        ),
         figure(
             "Gain still to be had",
             "Predicted saving of service time if α went to the anchor. Large for long: bounds, "
@@ -88,39 +91,22 @@ def _glance(board: Dashboard) -> None:
             RATIO,
             f"hbm_sidecar_predicted_gain_ratio{{{_POD}}}",
             levels=Levels(0.05, 0.15),
-        )
-    )
-    board.with_panel(
+        ),
         figure(
             "P99 of the server",
             "99th percentile of scored requests, from the request line to the answer.",
             SECONDS,
             quantile(0.99, "hbm_serving_request_seconds", _POD),
-        )
-    )
-    board.with_panel(
-        figure(
-            "Within SLO",
-            "Share of scored requests within their deadline, or within the server's SLO.",
-            RATIO,
-            ratio("hbm_serving_slo_met_total", "hbm_serving_ranked_total", _POD),
-            levels=Levels(0.99, 0.95, worse_above=False),
-            decimals=2,
-        )
-    )
-    board.with_panel(
-        figure(
-            "Requests",
-            "Requests that were scored, per second.",
-            PER_SECOND,
-            rates("hbm_serving_ranked_total", _POD),
-        )
+        ),
+        within_slo(_POD),
+        requests(_POD, "Requests that were scored, per second."),
     )
 
 
 def _split(board: Dashboard) -> None:
-    board.with_row(Row("The split"))
-    board.with_panel(
+    section(
+        board,
+        "The split",
         graph(
             "α",
             "Applied α, where the sidecar wants it, and the twin's best. In mode Recommend target "
@@ -130,9 +116,7 @@ def _split(board: Dashboard) -> None:
             Query(f"hbm_sidecar_alpha_target{{{_POD}}}", "target"),
             Query(f"hbm_sidecar_alpha_anchor{{{_POD}}}", "best by the twin"),
             top=1,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Extents",
             "Who holds the pool. Pending: given up, still read by work in flight.",
@@ -142,9 +126,7 @@ def _split(board: Dashboard) -> None:
             Query(f"hbm_pool_extents_free{{{_POD}}}", "free"),
             Query(f"hbm_pool_extents_pending{{{_POD}}}", "pending"),
             stacked=True,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Moves",
             "Moves that the sidecar started, and extents that changed sides, per second.",
@@ -152,23 +134,19 @@ def _split(board: Dashboard) -> None:
             Query(rates("hbm_sidecar_moves_total", _POD), "moves"),
             Query(rates("hbm_pool_moved_extents_total", _POD), "extents"),
             Query(rates("hbm_pool_reclaimed_extents_total", _POD), "reclaimed by pinned KV"),
-        )
-    )
-    board.with_panel(
-        graph(
-            "Copies to the device",
+        ),
+        copies(
+            _POD,
             "Rows that requests waited for (foreground) and rows copied in the background after a "
             "move (refill). The refill yields to the foreground.",
-            BYTES_PER_SECOND,
-            Query(rates("hbm_pool_foreground_bytes_total", _POD), "foreground"),
-            Query(rates("hbm_pool_refill_bytes_total", _POD), "refill"),
-        )
+        ),
     )
 
 
 def _caches(board: Dashboard) -> None:
-    board.with_row(Row("The caches"))
-    board.with_panel(
+    section(
+        board,
+        "The caches",
         graph(
             "Hit ratios",
             "Row lookups that hit, KV lookups that reused at least one page, and the share of "
@@ -183,9 +161,7 @@ def _caches(board: Dashboard) -> None:
                 "tokens reused",
             ),
             top=1,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Evictions",
             "Rows overwritten; users that lost their KV or the tail of it. Ghost hits are rows "
@@ -195,13 +171,14 @@ def _caches(board: Dashboard) -> None:
             Query(rates("hbm_pool_emb_ghost_hits_total", _POD), "ghost hits"),
             Query(rates("hbm_pool_kv_evicted_users_total", _POD), "users"),
             Query(rates("hbm_pool_kv_trimmed_users_total", _POD), "tails of users"),
-        )
+        ),
     )
 
 
 def _latency(board: Dashboard) -> None:
-    board.with_row(Row("Latency"))
-    board.with_panel(
+    section(
+        board,
+        "Latency",
         graph(
             "Latency",
             "Scored requests, from the request line to the answer.",
@@ -210,9 +187,7 @@ def _latency(board: Dashboard) -> None:
             Query(quantile(0.95, "hbm_serving_request_seconds", _POD), "P95"),
             Query(quantile(0.99, "hbm_serving_request_seconds", _POD), "P99"),
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Time per batch",
             "Gathering rows and looking up KV, against computing. What α trades is the one for "
@@ -231,9 +206,7 @@ def _latency(board: Dashboard) -> None:
                 "both, as the pipeline combines them",
             ),
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Load",
             "Requests that wait, requests in a batch; requests refused, failed or computed "
@@ -245,13 +218,14 @@ def _latency(board: Dashboard) -> None:
             Query(rates("hbm_serving_errors_total", _POD), "failed/s"),
             Query(rates("hbm_serving_uncached_requests_total", _POD), "uncached/s"),
             span=THIRD,
-        )
+        ),
     )
 
 
 def _decisions(board: Dashboard) -> None:
-    board.with_row(Row("Decisions"))
-    board.with_panel(
+    section(
+        board,
+        "Decisions",
         graph(
             "Reasons",
             "What decisions state as their reasons, per second; `hbm explain` says each in words.",
@@ -259,9 +233,7 @@ def _decisions(board: Dashboard) -> None:
             Query(
                 rates_or_none("hbm_sidecar_decision_reasons_total", _POD, "reason"), "{{reason}}"
             ),
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Cost of a decision",
             "First read of telemetry to command stored, and tick due to command stored.",
@@ -269,9 +241,7 @@ def _decisions(board: Dashboard) -> None:
             Query(quantile(0.5, "hbm_sidecar_decision_latency_seconds", _POD), "decision P50"),
             Query(quantile(0.99, "hbm_sidecar_decision_latency_seconds", _POD), "decision P99"),
             Query(quantile(0.99, "hbm_sidecar_decision_due_seconds", _POD), "since due P99"),
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Mode",
             "The mode in force.",
@@ -279,9 +249,7 @@ def _decisions(board: Dashboard) -> None:
             Query(f"hbm_sidecar_mode{{{_POD}}}", "{{mode}}"),
             top=1,
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "The twin",
             "How much of the simulated caches is warm, and the share of samples it did not get. A "
@@ -296,9 +264,7 @@ def _decisions(board: Dashboard) -> None:
             ),
             top=1,
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Age of inputs",
             "Of the server's telemetry and of the twin's curve. Old inputs hold α.",
@@ -307,13 +273,14 @@ def _decisions(board: Dashboard) -> None:
             Query(f"hbm_sidecar_twin_curve_age_seconds{{{_POD}}}", "curve"),
             levels=Levels(5, 60),
             span=THIRD,
-        )
+        ),
     )
 
 
 def _seams(board: Dashboard) -> None:
-    board.with_row(Row("What the router hears"))
-    board.with_panel(
+    section(
+        board,
+        "What the router hears",
         graph(
             "Digest",
             "Users that the sidecar knows as resident, and those that the pool holds.",
@@ -321,9 +288,7 @@ def _seams(board: Dashboard) -> None:
             Query(f"hbm_sidecar_residency_users{{{_POD}}}", "known"),
             Query(f"hbm_pool_kv_users{{{_POD}}}", "held"),
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Redis",
             "1: the newest heartbeat was stored. Without it the router spreads users by hash.",
@@ -332,9 +297,7 @@ def _seams(board: Dashboard) -> None:
             Query(rates("hbm_sidecar_redis_errors_total", _POD), "errors/s"),
             top=1,
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Restarts",
             "Processes of the sidecar that were restarted, and boots of the server that it saw.",
@@ -346,5 +309,5 @@ def _seams(board: Dashboard) -> None:
             ),
             Query(f"hbm_sidecar_server_boots_total{{{_POD}}}", "boots of the server"),
             span=THIRD,
-        )
+        ),
     )

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from typing import Final
 
-from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
+from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from hbm_dashboards.layout import (
+    board,
+    choice,
+    moves_and_bursts,
+    section,
+)
+from hbm_dashboards.panels import (
+    THIRD,
+    Levels,
+    figure,
+    graph,
+)
+from hbm_dashboards.queries import (
     COUNT,
     EVENTS,
     PER_SECOND,
     RATIO,
     SECONDS,
-    THIRD,
-    Levels,
     Query,
-    board,
-    choice,
-    figure,
-    graph,
-    moves_and_bursts,
     quantile,
     rates,
     rates_or_none,
@@ -63,16 +68,15 @@ def _failed(selector: str) -> str:
 
 
 def _traffic(board: Dashboard) -> None:
-    board.with_row(Row("Traffic"))
-    board.with_panel(
+    section(
+        board,
+        "Traffic",
         figure(
             "Requests",
             "Answers per second, whatever their status.",
             PER_SECOND,
             rates("hbm_router_requests_total", _ROUTE),
-        )
-    )
-    board.with_panel(
+        ),
         figure(
             "Errors of our own",
             "Share of answers that the router had to give itself because a client or a backend "
@@ -81,17 +85,13 @@ def _traffic(board: Dashboard) -> None:
             _failed(_ROUTE),
             levels=Levels(0.001, 0.01),
             decimals=2,
-        )
-    )
-    board.with_panel(
+        ),
         figure(
             "P99",
             "From the complete request head to the last byte handed to the client.",
             SECONDS,
             quantile(0.99, "hbm_router_request_duration_seconds", _ROUTE),
-        )
-    )
-    board.with_panel(
+        ),
         figure(
             "Predictions that came true",
             "Of the KV hits that were predicted, those that the server confirmed.",
@@ -102,36 +102,28 @@ def _traffic(board: Dashboard) -> None:
             f'{{{_ROUTE}, outcome=~"tp|fp"}}[$__rate_interval])), 1e-9)',
             levels=Levels(0.9, 0.7, worse_above=False),
             decimals=1,
-        )
-    )
-    board.with_panel(
+        ),
         figure(
             "Healthy nodes",
             "Least number over the routers, panic aside.",
             COUNT,
             f"min(sum by (namespace, pod) (hbm_router_node_healthy{{{_ROUTE}}}))",
             levels=Levels(2, 1, worse_above=False),
-        )
-    )
-    board.with_panel(
+        ),
         figure(
             "Routers with Redis",
             "Share of routers to which Redis answered the last round.",
             RATIO,
             f"avg(hbm_router_store_up{{{_ROUTE}}})",
             levels=Levels(1, 0.5, worse_above=False),
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Answers",
             "Answers per second by status; 499: the client left first.",
             PER_SECOND,
             Query(rates("hbm_router_requests_total", _ROUTE, "code"), "{{code}}"),
             stacked=True,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Latency",
             "Whole requests, and the wait for the head of the backend's response.",
@@ -139,18 +131,14 @@ def _traffic(board: Dashboard) -> None:
             Query(quantile(0.5, "hbm_router_request_duration_seconds", _ROUTE), "P50"),
             Query(quantile(0.99, "hbm_router_request_duration_seconds", _ROUTE), "P99"),
             Query(quantile(0.99, "hbm_router_upstream_ttfb_seconds", _ROUTE), "backend P99"),
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Errors and shedding",
             "Errors of our own and shed requests per second, by reason (docs/metrics-router.md).",
             EVENTS,
             Query(rates_or_none("hbm_router_errors_total", _ROUTE, "reason"), "error {{reason}}"),
             Query(rates_or_none("hbm_router_dropped_total", _ROUTE, "reason"), "shed {{reason}}"),
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Second tries and ejections",
             "Second tries, those the budget denied, and nodes taken out, per second.",
@@ -160,13 +148,14 @@ def _traffic(board: Dashboard) -> None:
             Query(
                 rates_or_none("hbm_router_ejections_total", _ROUTE, "reason"), "ejected {{reason}}"
             ),
-        )
+        ),
     )
 
 
 def _decisions(board: Dashboard) -> None:
-    board.with_row(Row("Decisions"))
-    board.with_panel(
+    section(
+        board,
+        "Decisions",
         graph(
             "Why",
             "What decided, per second: `cost` is knowledge, `hash` and `stale` are the lack of it.",
@@ -174,9 +163,7 @@ def _decisions(board: Dashboard) -> None:
             Query(rates_or_none("hbm_router_decisions_total", _ROUTE, "why"), "{{why}}"),
             stacked=True,
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Truth check",
             "Predicted KV hits against what the server said: tp, fp, fn, tn.",
@@ -184,9 +171,7 @@ def _decisions(board: Dashboard) -> None:
             Query(rates_or_none("hbm_router_kv_predicted_total", _ROUTE, "outcome"), "{{outcome}}"),
             stacked=True,
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Error of the estimate",
             "Queue and service as the server measured them, less the estimate. Far above 0: nodes "
@@ -195,9 +180,7 @@ def _decisions(board: Dashboard) -> None:
             Query(quantile(0.5, "hbm_router_cost_error_seconds", _ROUTE), "P50"),
             Query(quantile(0.95, "hbm_router_cost_error_seconds", _ROUTE), "P95"),
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Cost of routing",
             "Choosing a node, and how late the event loop's timers fire.",
@@ -206,9 +189,7 @@ def _decisions(board: Dashboard) -> None:
             Query(quantile(0.99, "hbm_router_decision_duration_seconds", _ROUTE), "decision P99"),
             Query(quantile(0.99, "hbm_router_event_loop_lag_seconds", _ROUTE), "loop lag P99"),
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Where lengths come from",
             "Source of the history's length, per second; `header` is the best.",
@@ -216,9 +197,7 @@ def _decisions(board: Dashboard) -> None:
             Query(rates_or_none("hbm_router_length_source_total", _ROUTE, "source"), "{{source}}"),
             stacked=True,
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Digests",
             "Digests taken over, and words of nodes that were not believed, per second.",
@@ -229,29 +208,26 @@ def _decisions(board: Dashboard) -> None:
                 "rejected {{reason}}",
             ),
             span=THIRD,
-        )
+        ),
     )
 
 
 def _nodes(board: Dashboard) -> None:
-    board.with_row(Row("Nodes (by pod uid)"))
-    board.with_panel(
+    section(
+        board,
+        "Nodes (by pod uid)",
         graph(
             "In flight",
             "Requests of all routers in flight on each node.",
             COUNT,
             Query(f"sum by (node) (hbm_router_node_inflight{{{_ROUTE}}})", "{{node}}"),
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Chosen",
             "Requests sent to each node, per second.",
             PER_SECOND,
             Query(rates("hbm_router_decisions_total", _ROUTE, "node"), "{{node}}"),
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Trust",
             "Belief in a node's last words, times how often its predicted hits came true.",
@@ -263,9 +239,7 @@ def _nodes(board: Dashboard) -> None:
             ),
             top=1,
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Age of digests",
             "Since a new heartbeat of the node was first seen. Fully believed up to 2 s, not at "
@@ -274,14 +248,12 @@ def _nodes(board: Dashboard) -> None:
             Query(f"max by (node) (hbm_router_digest_age_seconds{{{_ROUTE}}})", "{{node}}"),
             levels=Levels(2, 30),
             span=THIRD,
-        )
-    )
-    board.with_panel(
+        ),
         graph(
             "Users held",
             "Users that each node says it holds.",
             COUNT,
             Query(f"max by (node) (hbm_router_digest_users{{{_ROUTE}}})", "{{node}}"),
             span=THIRD,
-        )
+        ),
     )
