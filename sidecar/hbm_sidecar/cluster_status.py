@@ -68,7 +68,8 @@ def measured(
         values["kvHitRatio"] = kv_hit_ratio
         values["embHitRatio"] = emb_hit_ratio
         if telemetry["latency_n"] > 0:
-            values["p99Ms"] = float(telemetry["latency_p99_ms"])
+            # Three digits, be it microseconds or seconds: people read it in a column.
+            values["p99Ms"] = float(f"{telemetry['latency_p99_ms']:.3g}")
     rounded: dict[str, Any] = {
         name: round(value, 4) for name, value in values.items() if math.isfinite(value)
     }

@@ -128,7 +128,9 @@ class HBMPartitionStatus(Received):
     moves: int | None = Field(None, description="Moves of α since the server's start.")
     last_decision: LastDecision | None = Field(None, description="The newest decision.")
     last_report_time: datetime | None = Field(
-        None, description="When the sidecar last wrote; it does so every 30 s at least when it can."
+        None,
+        description="When the sidecar last wrote: at once for a new generation or condition, every "
+        "30 s at most for measured values, about once a minute if nothing has changed.",
     )
     sidecar: SidecarStatus | None = Field(None, description="The sidecar itself.")
     conditions: tuple[Condition, ...] = Field(
