@@ -5,8 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import tomllib
+from pathlib import Path
 
 import pytest
+import yaml
 from hbm_cli.main import main
 
 
@@ -101,3 +104,13 @@ def test_ctrl_c_in_a_command_ends_it_with_130_and_no_traceback() -> None:
     )
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
+
+
+def test_package_chart_and_images_are_of_one_version(hbm) -> None:
+    """An operator tells sidecars of another version by it."""
+    root = Path(__file__).parents[2]
+    wanted = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+    chart = yaml.safe_load((root / "charts/hbm-partition/Chart.yaml").read_text())
+    assert hbm("--version")[1] == f"hbm {wanted}\n", "install it again: make install"
+    assert (chart["version"], chart["appVersion"]) == (wanted, wanted)
+    assert f"ARG VERSION={wanted}\n" in (root / "images/Dockerfile").read_text()
