@@ -8,19 +8,41 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hbm_policy.anchor import TwinAnchor
-from hbm_policy.config import AnchorConfig, MoveConfig, PolicyConfig, ShieldConfig
+from hbm_policy.config import (
+    AdapterConfig,
+    AnchorConfig,
+    GateConfig,
+    MoveConfig,
+    PolicyConfig,
+    ResidualConfig,
+    ShieldConfig,
+)
 from hbm_policy.costs import CostConstants, CostSource, DeclaredCosts
 from hbm_policy.decide import Policy, decide, is_hold
+from hbm_policy.gate import BurstGate, Phase
 from hbm_policy.intake import Intake, read_curve
-from hbm_policy.layers import Correction, Gate, Gating, NoResidual, Residual, SteadyGate
-from hbm_policy.reading import Curve, Decision, PolicyState, Reading, Reason, describe
+from hbm_policy.layers import Action, Gate, Residual, SteadyGate
+from hbm_policy.reading import (
+    Correction,
+    Curve,
+    Decision,
+    Gating,
+    PolicyState,
+    Reading,
+    Reason,
+    Traffic,
+    describe,
+)
 from hbm_policy.shield import Shield
 
 if TYPE_CHECKING:
     from hbm_policy.twin import Twin
 
 __all__ = [
+    "Action",
+    "AdapterConfig",
     "AnchorConfig",
+    "BurstGate",
     "Correction",
     "CostConstants",
     "CostSource",
@@ -28,19 +50,22 @@ __all__ = [
     "Decision",
     "DeclaredCosts",
     "Gate",
+    "GateConfig",
     "Gating",
     "Intake",
     "MoveConfig",
-    "NoResidual",
+    "Phase",
     "Policy",
     "PolicyConfig",
     "PolicyState",
     "Reading",
     "Reason",
     "Residual",
+    "ResidualConfig",
     "Shield",
     "ShieldConfig",
     "SteadyGate",
+    "Traffic",
     "Twin",
     "TwinAnchor",
     "decide",

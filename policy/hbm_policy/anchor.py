@@ -56,7 +56,7 @@ class TwinAnchor:
         curve = reading.curve
         if curve is None:
             return _unknown(state, _MISSING)
-        monotonic_ns, boot_epoch, requests, _, warm, alpha, newest_ms = curve
+        monotonic_ns, boot_epoch, requests, _, warm, alpha, newest_ms, _, _ = curve
         if boot_epoch != reading.boot_epoch or requests == 0:
             return _unknown(state, _MISSING)
         age_ns = reading.now_ns - monotonic_ns

@@ -74,14 +74,72 @@ class ShieldConfig(MoveConfig):
     budget shrinks with the idle share. 1: never paused. 0: only on an idle link."""
 
 
+class GateConfig(BaseModel):
+    """Layer 3, the burst gate: what counts as a change of regime, and what follows it."""
+
+    model_config = _STRICT
+
+    gate_threshold: NonNegative = 8.0
+    """Evidence (sum of standard deviations beyond `gate_drift`) at which the gate opens. 0: it
+    never opens."""
+    gate_drift: NonNegative = 1.0
+    """Standard deviations by which a sample may differ without being evidence. 0: all of it is."""
+    gate_baseline_samples: Annotated[int, Field(ge=8, le=100_000)] = 256
+    """Samples after which an old one counts for 37 % in what is normal."""
+    gate_requests: Annotated[int, Field(ge=1, le=100_000)] = 16
+    """Simulated requests behind one sample of the cost."""
+    gate_burst_ticks: Annotated[int, Field(ge=1, le=10_000)] = 16
+    """Ticks for which the gate stays open: the newest curve counts alone and moves are faster."""
+    gate_refractory_ticks: Annotated[int, Field(ge=0, le=10_000)] = 32
+    """Least ticks between two openings. 0: none."""
+    gate_slew: Annotated[Positive, Field(le=4.0)] = 2.0
+    """Factor on the speed of moves while the gate is open. 1: as ever."""
+    gate_recover_ms: Annotated[NonNegative, Field(le=_MAX_MS)] = 10_000.0
+    """Longest recovery: the time that the link needs to refill what moved, at most this. Until
+    then moves are no faster than the refill and none starts in the other direction. 0: none."""
+
+
+class AdapterConfig(BaseModel):
+    """Layer 2, the cost adapter: how prices are learned from measured batches."""
+
+    model_config = _STRICT
+
+    adapter_limit: Annotated[float, Field(ge=1.0, le=100.0, allow_inf_nan=False)] = 4.0
+    """Learned prices stay within this factor of what the server declares. 1: they are what it
+    declares, nothing is learned."""
+    adapter_forgetting: Annotated[float, Field(gt=0.9, le=1.0)] = 0.9995
+    """Weight that a batch keeps after each later one. 1: nothing is forgotten."""
+
+
+class ResidualConfig(BaseModel):
+    """Layer 1, the learned residual: how much of its wish is taken."""
+
+    model_config = _STRICT
+
+    residual_gain: Share = 0.0
+    """Share of the learned correction that is taken, times the gain that its file states. 0: no
+    correction, and none is computed."""
+    residual_wait_ticks: Annotated[int, Field(ge=0, le=10_000)] = 40
+    """Ticks in a row for which the residual may put a move off. 0: none."""
+
+
 class PolicyConfig(BaseModel):
-    """All layers that decide."""
+    """All layers that decide. `gate` or `adapter` None: without that layer."""
 
     model_config = _STRICT
 
     anchor: AnchorConfig = AnchorConfig()
     shield: ShieldConfig = ShieldConfig()
+    gate: GateConfig | None = GateConfig()
+    adapter: AdapterConfig | None = AdapterConfig()
+    residual: ResidualConfig = ResidualConfig()
 
     def flat(self) -> dict[str, Any]:
         """Every parameter by its name."""
-        return self.anchor.model_dump() | self.shield.model_dump()
+        parts = (self.anchor, self.shield, self.gate, self.adapter, self.residual)
+        return {
+            name: value
+            for part in parts
+            if part is not None
+            for name, value in part.model_dump().items()
+        }

@@ -13,16 +13,19 @@ from hbm_pool.contracts.records import Mode
 
 from hbm_policy.anchor import Estimate, TwinAnchor
 from hbm_policy.config import PolicyConfig
-from hbm_policy.layers import (
-    MAX_CORRECTION,
-    MAX_SLEW_SCALE,
+from hbm_policy.gate import BurstGate, Phase
+from hbm_policy.layers import MAX_SLEW_SCALE, Gate, Residual, SteadyGate, correction_of
+from hbm_policy.observation import NOTHING_OBSERVED, observe
+from hbm_policy.reading import (
+    HOLDS,
     NO_CORRECTION,
-    Gate,
-    NoResidual,
-    Residual,
-    SteadyGate,
+    Correction,
+    Decision,
+    Gating,
+    PolicyState,
+    Reading,
+    Reason,
 )
-from hbm_policy.reading import HOLDS, Decision, PolicyState, Reading, Reason
 from hbm_policy.shield import Shield, Steered, Wish
 
 _HOLD: Final = int(Mode.HOLD)
@@ -31,6 +34,8 @@ _RECOMMEND: Final = int(Mode.RECOMMEND)
 _FIXED: Final = int(Mode.FIXED)
 _NO_TELEMETRY: Final = int(Reason.NO_TELEMETRY)
 _RESTARTED: Final = int(Reason.SERVER_RESTARTED)
+_GUESSING: Final = (_AUTO, _RECOMMEND)
+"""Modes that follow the anchor."""
 _MODE_REASON: Final = {
     _HOLD: int(Reason.MODE_HOLD),
     _AUTO: 0,
@@ -39,7 +44,11 @@ _MODE_REASON: Final = {
 }
 _SERVER_LIMITED: Final = int(Reason.SERVER_LIMITED)
 _GATE_OPEN: Final = int(Reason.GATE_OPEN)
+_RECOVERING: Final = int(Phase.RECOVERING)
+_GATE_RECOVERING: Final = int(Reason.GATE_RECOVERING)
 _RESIDUAL: Final = int(Reason.RESIDUAL)
+_RESIDUAL_WAITS: Final = int(Reason.RESIDUAL_WAITS)
+_RESIDUAL_INVALID: Final = int(Reason.RESIDUAL_INVALID)
 _REFILL_PAUSED: Final = int(Reason.REFILL_PAUSED)
 
 
@@ -56,12 +65,19 @@ class Policy:
         gate: Gate | None = None,
         residual: Residual | None = None,
     ) -> None:
+        """`gate`: instead of the one of `config.gate`. `residual` is asked only where
+        `config.residual.residual_gain` and its own gain leave anything of its answer."""
         config = config or PolicyConfig()
         self.config = config
         self._anchor = TwinAnchor(config.anchor)
         self._shield = Shield(config.shield)
-        self._gate: Gate = gate or SteadyGate()
-        self._residual: Residual = residual or NoResidual()
+        if gate is None:
+            gate = SteadyGate()
+            if config.gate is not None and config.gate.gate_threshold > 0.0:
+                gate = BurstGate(config.gate, config.anchor.min_warm)
+        self._gate: Gate = gate
+        self._gain = config.residual.residual_gain * (0.0 if residual is None else residual.gain)
+        self._residual = residual if self._gain > 0.0 else None
 
     def decide(self, reading: Reading, state: PolicyState) -> Decision:
         """What to do now; see the module."""
@@ -86,31 +102,79 @@ class Policy:
         gating = self._gate.step(reading, state.gate)
         if gating.open:
             reasons |= _GATE_OPEN
+        elif gating.phase == _RECOVERING:
+            reasons |= _GATE_RECOVERING
         estimate = self._anchor.estimate(reading, state, bounds[0], bounds[1], gating.open)
         reasons |= estimate.reasons | _MODE_REASON[mode]
+        correction, observed = NO_CORRECTION, state.observed
+        if self._residual is not None:
+            features, observed = observe(reading, state, estimate, gating)
+            if estimate.trust > 0.0 and mode in _GUESSING:
+                correction, said = self._ask(self._residual, features, state)
+                reasons |= said
         if mode == _HOLD:
-            remembered = _remember(reading, state, estimate, gating.memory)
-            return _decision(reading, remembered, estimate, False, reasons)
+            remembered = _remember(reading, state, estimate, gating.memory, observed)
+            return _decision(reading, remembered, estimate, False, reasons, gating)
         wish: Wish | None = None
         if mode == _FIXED:
             wish = Wish(reading.alpha_fixed, 0.0, 0.0, 1.0, free=True)
         elif estimate.trust > 0.0:
-            anchor = estimate.anchor
-            correction = self._residual.correct(reading, anchor, estimate.gain)
-            scale = 1.0
-            if correction is not NO_CORRECTION or gating.slew_scale != 1.0:
-                shift = _cut(correction.alpha, MAX_CORRECTION)
-                scale = _scale(gating.slew_scale * correction.slew_scale)
-                if shift != 0.0:
-                    reasons |= _RESIDUAL
-                    anchor += shift
-            wish = _new(Wish, (anchor, estimate.gain, estimate.gain_ms, scale, False))
+            shift, scale, fraction_scale, wait = correction
+            scale = _scale(scale * gating.slew_scale)
+            wish = _new(
+                Wish,
+                (
+                    estimate.anchor + shift,
+                    estimate.gain,
+                    estimate.gain_ms,
+                    scale,
+                    False,
+                    fraction_scale,
+                    wait,
+                    gating.barred,
+                    gating.slew_limit_per_s,
+                ),
+            )
         steered = shield.steer(reading, state, bounds, wish)
         refill = shield.refill_bytes_per_s(reading, steered.target)
         if refill == 0.0:
             reasons |= _REFILL_PAUSED
         reasons |= steered.reasons
-        return _command(reading, state, estimate, gating.memory, steered, refill, bounds, reasons)
+        waits = state.waits + 1 if reasons & _RESIDUAL_WAITS else 0
+        return _command(
+            reading,
+            state,
+            estimate,
+            steered,
+            refill,
+            bounds,
+            reasons,
+            (gating.memory, observed, waits),
+            (gating, correction, math.nan if wish is None else wish.alpha),
+        )
+
+    def observe(self, reading: Reading, state: PolicyState) -> tuple[float, ...]:
+        """What the residual would be shown by `decide(reading, state)`; for training.
+
+        The features by `observation.OBSERVATION_NAMES`, zeros where nothing can be decided.
+        """
+        if self._shield.faults(reading, state) or state.boot_epoch != reading.boot_epoch:
+            return NOTHING_OBSERVED
+        low, high = self._shield.bounds(reading)
+        gating = self._gate.step(reading, state.gate)
+        estimate = self._anchor.estimate(reading, state, low, high, gating.open)
+        return observe(reading, state, estimate, gating).features
+
+    def _ask(
+        self, residual: Residual, features: tuple[float, ...], state: PolicyState
+    ) -> tuple[Correction, int]:
+        """The correction that is taken, and what is to be said of it."""
+        correction = correction_of(residual.act(features), self._gain)
+        if correction is None:
+            return NO_CORRECTION, _RESIDUAL_INVALID
+        if correction.wait and state.waits >= self.config.residual.residual_wait_ticks:
+            correction = correction._replace(wait=False)
+        return correction, _RESIDUAL
 
 
 def _hold(reading: Reading, state: PolicyState, reasons: int) -> Decision:
@@ -188,16 +252,16 @@ def _limited(reading: Reading, state: PolicyState) -> bool:
     )
 
 
-def _cut(value: float, limit: float) -> float:
-    return min(max(value, -limit), limit) if value == value else 0.0
-
-
 def _scale(value: float) -> float:
     return min(max(value, 0.0), MAX_SLEW_SCALE) if value == value else 1.0
 
 
 def _remember(
-    reading: Reading, state: PolicyState, estimate: Estimate, gate: tuple[float, ...]
+    reading: Reading,
+    state: PolicyState,
+    estimate: Estimate,
+    gate: tuple[float, ...],
+    observed: tuple[float, ...],
 ) -> PolicyState:
     return state._replace(
         tick=state.tick + 1,
@@ -209,11 +273,18 @@ def _remember(
         curve_cost_ms=estimate.curve_cost_ms,
         curve_requests=estimate.curve_requests,
         gate=gate,
+        observed=observed,
+        waits=0,
     )
 
 
 def _decision(
-    reading: Reading, state: PolicyState, estimate: Estimate, apply: bool, reasons: int
+    reading: Reading,
+    state: PolicyState,
+    estimate: Estimate,
+    apply: bool,
+    reasons: int,
+    gating: Gating,
 ) -> Decision:
     return Decision(
         apply,
@@ -229,6 +300,7 @@ def _decision(
         estimate.gain,
         estimate.trust,
         state,
+        gating,
     )
 
 
@@ -236,11 +308,12 @@ def _command(
     reading: Reading,
     state: PolicyState,
     estimate: Estimate,
-    gate: tuple[float, ...],
     steered: Steered,
     refill: float,
     bounds: tuple[float, float],
     reasons: int,
+    memories: tuple[tuple[float, ...], tuple[float, ...], int],
+    layers: tuple[Gating, Correction, float],
 ) -> Decision:
     """The command in whole extents: a ramp finer than one changes nothing and says nothing new."""
     low, high = bounds
@@ -272,7 +345,7 @@ def _command(
             estimate.curve_alpha,
             estimate.curve_cost_ms,
             estimate.curve_requests,
-            gate,
+            *memories,
         ),
     )
     return _new(
@@ -291,6 +364,7 @@ def _command(
             estimate.gain,
             estimate.trust,
             remembered,
+            *layers,
         ),
     )
 

@@ -22,7 +22,7 @@ from hbm_pool.contracts.records import (
     ServerInfo,
 )
 
-from hbm_policy.reading import Curve, Reading
+from hbm_policy.reading import Curve, Reading, Traffic
 
 _CODES: Final = {"<i8": "q", "<u8": "Q", "<f8": "d"}
 
@@ -65,26 +65,39 @@ _TELEMETRY: Final = Fields(
         "link_busy",
     ),
 )
+_TRAFFIC: Final = Fields(TELEMETRY, Traffic._fields)
 _INTENT: Final = Fields(
     INTENT,
-    ("mode", "alpha_min", "alpha_max", "alpha_fixed", "refill_bytes_per_s", "alpha_initial"),
+    (
+        "mode",
+        "alpha_min",
+        "alpha_max",
+        "alpha_fixed",
+        "slo_ms",
+        "refill_bytes_per_s",
+        "alpha_initial",
+    ),
 )
 _CURVES: Final = Fields(
     CURVES,
     ("monotonic_ns", "boot_epoch", "points", "requests", "requests_lost", "warm"),
 )
 _unpack_telemetry: Final = _TELEMETRY.unpack_from
+_unpack_traffic: Final = _TRAFFIC.unpack_from
 _unpack_intent: Final = _INTENT.unpack_from
 _unpack_curves: Final = _CURVES.unpack_from
 _ALPHA_AT: Final = int(CURVES.fields["alpha"][1]) if CURVES.fields else 0
 _COST_AT: Final = int(CURVES.fields["cost_ms"][1]) if CURVES.fields else 0
+_KV_HIT_AT: Final = int(CURVES.fields["kv_hit_ratio"][1]) if CURVES.fields else 0
+_EMB_MISS_AT: Final = int(CURVES.fields["emb_miss_ratio"][1]) if CURVES.fields else 0
 _HEAD_BYTES: Final = _ALPHA_AT
 """Everything before the columns."""
 _POINTS: Final = [
     struct.Struct(f"<{points}d").unpack_from for points in range(MAX_CURVE_POINTS + 1)
 ]
 _NOTHING_SEEN: Final = (0, 0, 0.0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
-_NOTHING_ASKED: Final = (None, 0.0, 1.0, 0.0, 0.0, math.nan)
+_NOTHING_ASKED: Final = (None, 0.0, 1.0, 0.0, 0.0, 0.0, math.nan)
+_NO_COUNTS: Final = (0,) * len(Traffic._fields)
 
 
 _new: Final = tuple.__new__
@@ -102,6 +115,8 @@ class Intake:
     def __init__(self, info: ServerInfo) -> None:
         self._extents = info.extents
         self._bounds = (info.alpha_min, info.alpha_max)
+        self._pool_bytes = info.extents * info.extent_bytes
+        self._slo_ms = info.slo_ms
         rows = [each.rows_per_extent for each in info.classes]
         self._rows_per_extent = (*rows, *([0] * (MAX_CLASSES - len(rows))))
         self._telemetry: npt.NDArray[Any] | None = None
@@ -125,11 +140,13 @@ class Intake:
         """
         if telemetry is None:
             seen: tuple[Any, ...] = _NOTHING_SEEN
+            counted: tuple[Any, ...] = _NO_COUNTS
         else:
             # The bytes are taken once per array: that costs more than reading all of them.
             if telemetry is not self._telemetry:
                 self._raw_telemetry, self._telemetry = _raw(telemetry), telemetry
             seen = _unpack_telemetry(self._raw_telemetry)
+            counted = _unpack_traffic(self._raw_telemetry)
         if intent is None:
             wish: tuple[Any, ...] = _NOTHING_ASKED
         else:
@@ -160,7 +177,7 @@ class Intake:
         ) = seen
         rows_0, rows_1, rows_2, rows_3 = self._rows_per_extent
         low, high = self._bounds
-        mode, alpha_min, alpha_max, alpha_fixed, refill, alpha_initial = wish
+        mode, alpha_min, alpha_max, alpha_fixed, slo_ms, refill, alpha_initial = wish
         return _new(
             Reading,
             (
@@ -188,6 +205,9 @@ class Intake:
                 refill,
                 curve,
                 alpha_initial,
+                self._pool_bytes,
+                slo_ms or self._slo_ms,
+                _new(Traffic, counted),
             ),
         )
 
@@ -219,4 +239,8 @@ def _curve(raw: memoryview, known_alpha: tuple[float, ...]) -> Curve:
     # A NaN anywhere makes the sum one, and every comparison with it false.
     if not cost_ms or not 0.0 < min(cost_ms) <= sum(cost_ms) < math.inf:
         alpha = cost_ms = ()
-    return _new(Curve, (monotonic_ns, boot_epoch, requests, lost, warm, alpha, cost_ms))
+        packed = _POINTS[0]
+    kv_hit, emb_miss = packed(raw, _KV_HIT_AT), packed(raw, _EMB_MISS_AT)
+    return _new(
+        Curve, (monotonic_ns, boot_epoch, requests, lost, warm, alpha, cost_ms, kv_hit, emb_miss)
+    )

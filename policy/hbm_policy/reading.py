@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from enum import IntFlag
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from hbm_pool.contracts.records import Mode
 
@@ -58,15 +58,20 @@ class Reason(IntFlag):
     SERVER_LIMITED = 1 << 27, "the server took the command but aims elsewhere: its target counts"
     # Layers above the anchor.
     GATE_OPEN = 1 << 28, "the burst gate is open: newest evidence counts, moves are faster"
-    RESIDUAL = 1 << 29, "the learned correction shifted the goal"
+    RESIDUAL = 1 << 29, "the learned correction has a say"
     # Refill.
     REFILL_PAUSED = (
         1 << 30,
         "no refill: the link is busy, EMB gives extents up, or none is asked for",
     )
+    # More of the layers above the anchor.
+    GATE_RECOVERING = 1 << 31, "after a burst: no faster than the refill, and not back"
+    RESIDUAL_WAITS = 1 << 32, "the learned correction puts the move off"
+    RESIDUAL_INVALID = 1 << 33, "the learned correction is no number and is left out"
+    GATE_BARRED = 1 << 34, "a move back has to wait until what moved is refilled"
 
 
-HOLDS = int(
+HOLDS: Final = int(
     Reason.NO_TELEMETRY
     | Reason.TELEMETRY_STALE
     | Reason.TELEMETRY_INVALID
@@ -102,6 +107,33 @@ class Curve(NamedTuple):
     warm: float  # share of the virtual caches that is warm, 0..1
     alpha: tuple[float, ...]  # ascending
     cost_ms: tuple[float, ...]
+    kv_hit_ratio: tuple[float, ...] = ()  # of each candidate, once warm
+    emb_miss_ratio: tuple[float, ...] = ()
+
+
+CURVE_WINDOW_REQUESTS: Final = 32.0
+"""Requests after which an old one counts for 37 % in a curve of the sidecar's twin."""
+
+
+class Traffic(NamedTuple):
+    """What the server has counted since its start, and two percentiles of late."""
+
+    errors: int = 0
+    overloads: int = 0  # refused
+    latency_p50_ms: float = 0.0
+    latency_p99_ms: float = 0.0
+    queue_depth: int = 0  # waiting now
+    kv_lookups: int = 0
+    kv_hits: int = 0
+    kv_tokens_reused: int = 0
+    kv_tokens_computed: int = 0
+    emb_misses: int = 0
+    gather_ms: float = 0.0
+    compute_ms: float = 0.0
+    service_ms: float = 0.0
+
+
+NO_TRAFFIC: Final = Traffic()
 
 
 class Reading(NamedTuple):
@@ -134,6 +166,9 @@ class Reading(NamedTuple):
     # The twin.
     curve: Curve | None
     alpha_initial: float = math.nan  # for a server that has had no command yet; NaN: its own
+    pool_bytes: int = 0  # 0: not known
+    slo_ms: float = 0.0  # latency goal; 0: none
+    traffic: Traffic = NO_TRAFFIC
 
 
 class PolicyState(NamedTuple):
@@ -158,8 +193,38 @@ class PolicyState(NamedTuple):
     curve_alpha: tuple[float, ...] = ()
     curve_cost_ms: tuple[float, ...] = ()  # smoothed
     curve_requests: int = 0
-    # The gate's own memory.
+    # The layers' own memories.
     gate: tuple[float, ...] = ()
+    observed: tuple[float, ...] = ()
+    waits: int = 0  # ticks in a row for which the residual has put a move off
+
+
+class Gating(NamedTuple):
+    """What a burst gate asks for."""
+
+    open: bool  # the newest curve replaces the smoothed one
+    slew_scale: float  # factor on the speed of moves
+    memory: tuple[float, ...]  # kept for the next decision
+    slew_limit_per_s: float = math.inf  # no move is faster, whoever asks
+    barred: float = 0.0  # no move starts in this direction: -1.0, 1.0 or none
+    phase: int = 0  # gate.Phase
+    cost_level: float = 0.0  # evidence of another cost; 1: the gate opens; < 0: of a lower one
+    arrivals_level: float = 0.0  # the same of the arrival rate
+    arrivals_z: float = 0.0  # newest sample, in standard deviations
+    since_ticks: float = math.inf  # since the gate last opened
+
+
+class Correction(NamedTuple):
+    """What a residual asks for, around the anchor."""
+
+    alpha: float  # added to the anchor
+    slew_scale: float  # factor on the speed of moves
+    fraction_scale: float = 1.0  # factor on the part of the way that a move goes
+    wait: bool = False  # no move starts now
+
+
+STEADY: Final = Gating(open=False, slew_scale=1.0, memory=())
+NO_CORRECTION: Final = Correction(alpha=0.0, slew_scale=1.0)
 
 
 class Decision(NamedTuple):
@@ -178,3 +243,7 @@ class Decision(NamedTuple):
     gain: float  # predicted saving of going to the anchor, share of service time (0 if unknown)
     trust: float  # how far the anchor is trusted, 0..1
     state: PolicyState
+    # What each layer said.
+    gating: Gating = STEADY
+    correction: Correction = NO_CORRECTION
+    wish: float = math.nan  # where the layers below the shield want α; NaN: no wish

@@ -38,6 +38,8 @@ _FINISHED: Final = int(Reason.MOVE_FINISHED)
 _STOPPED: Final = int(Reason.MOVE_STOPPED)
 _BOUNDED: Final = int(Reason.BOUNDED)
 _SERVER_MOVING: Final = int(Reason.SERVER_MOVING)
+_BARRED: Final = int(Reason.GATE_BARRED)
+_WAITS: Final = int(Reason.RESIDUAL_WAITS)
 
 
 _new: Final = tuple.__new__
@@ -52,6 +54,10 @@ class Wish(NamedTuple):
     gain_ms: float
     slew_scale: float
     free: bool  # not a guess (fixed α, bounds): no dead band, dwell or fraction
+    fraction_scale: float = 1.0
+    wait: bool = False  # no move starts now
+    barred: float = 0.0  # no move starts in this direction
+    slew_limit_per_s: float = math.inf
 
 
 class Steered(NamedTuple):
@@ -100,6 +106,9 @@ class Shield:
             alpha_max,
             alpha_fixed,
             refill_bytes_per_s,
+            _,
+            _,
+            _,
             _,
             _,
         ) = reading
@@ -180,7 +189,8 @@ class Shield:
                 start = self._may_start(reading, state, wish, wanted)
                 reasons |= start
                 if start == _STARTED:
-                    step = (wanted - target) * self.config.move_fraction
+                    fraction = self.config.move_fraction * wish.fraction_scale
+                    step = (wanted - target) * (fraction if fraction < 1.0 else 1.0)
                     goal, size = target + step, abs(step)
         ahead = goal - target
         if -_EPSILON <= ahead <= _EPSILON:
@@ -188,8 +198,10 @@ class Shield:
                 Steered, (target, target, size, state.move_ns, state.move_accesses, reasons)
             )
         elapsed_s = min(max((reading.now_ns - state.now_ns) / 1e9, 0.0), _MAX_STEP_S)
-        scale = 1.0 if wish is None else wish.slew_scale
-        reach = self.config.slew_per_s * scale * elapsed_s
+        speed_per_s = self.config.slew_per_s
+        if wish is not None:
+            speed_per_s = min(speed_per_s * wish.slew_scale, wish.slew_limit_per_s)
+        reach = speed_per_s * elapsed_s
         if abs(ahead) <= reach + _EPSILON:
             target = goal
             reasons |= _FINISHED
@@ -209,6 +221,8 @@ class Shield:
             return _SMALL_GAIN
         if reading.moving:
             return _SERVER_MOVING
+        if (wanted - state.target) * wish.barred > 0.0:
+            return _BARRED
         stretch = 1.0 + state.move_size / config.dwell_double_change
         needed = config.dwell_accesses_per_slot * reading.emb_slots * stretch
         if (
@@ -216,7 +230,7 @@ class Shield:
             or reading.now_ns - state.move_ns < self._dwell_ns
         ):
             return _DWELL
-        return _STARTED
+        return _WAITS if wish.wait else _STARTED
 
     def refill_bytes_per_s(self, reading: Reading, target: float) -> float:
         """Budget of the background copy: the idle share of the link, in sixteenths of the budget.

@@ -174,7 +174,7 @@ def _drop(users: Users, slot: int, k: int) -> None:
 
 
 @kernel
-def _make_room(users: Users, needed: int, k: int, trims: bool) -> None:
+def make_room(users: Users, needed: int, k: int, trims: bool) -> None:
     """Evicts from the coldest users until `needed` extents are free; the caller's is unlinked."""
     end = users.holders.size
     short = needed - (users.capacity[k] - users.used[k])
@@ -314,7 +314,7 @@ def serve_user(
         cached[k] = reusable * page_tokens
         if users.held[slot, k] > 0:
             _drop(users, slot, k)
-        _make_room(users, needed, k, trims)
+        make_room(users, needed, k, trims)
         if pages > 0:
             users.held[slot, k] = needed
             users.pages[slot, k] = pages

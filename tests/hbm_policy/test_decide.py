@@ -7,17 +7,19 @@ from itertools import pairwise
 
 import pytest
 from hbm_policy import (
-    Correction,
+    Action,
     Gating,
     Policy,
     PolicyConfig,
     PolicyState,
     Reason,
+    ResidualConfig,
     ShieldConfig,
     decide,
     is_hold,
 )
 from hbm_policy.layers import MAX_CORRECTION
+from hbm_policy.observation import OBSERVATION_NAMES
 from hbm_pool.contracts.records import Mode
 
 
@@ -152,12 +154,26 @@ class OpenGate:
         return Gating(open=True, slew_scale=2.0, memory=(*memory, 1.0)[-3:])
 
 
-class Shift:
-    def __init__(self, alpha: float) -> None:
-        self.alpha = alpha
+class Says:
+    """A residual that always answers the same."""
 
-    def correct(self, reading, anchor, gain):
-        return Correction(alpha=self.alpha, slew_scale=1.0)
+    gain = 1.0
+
+    def __init__(self, **action: float) -> None:
+        self.action = Action(**{"shift": 0.0, "fraction": 0.0, "slew": 0.0, "wait": 0.0} | action)
+
+    def act(self, observation):
+        assert len(observation) == len(OBSERVATION_NAMES)
+        return self.action
+
+
+def with_residual(residual: Says, gain: float = 1.0, **shield: float) -> Policy:
+    return Policy(
+        PolicyConfig(
+            shield=ShieldConfig(**shield), residual=ResidualConfig(residual_gain=gain), gate=None
+        ),
+        residual=residual,
+    )
 
 
 def test_a_gate_is_asked_remembers_and_speeds_moves_up(adopted, reading, valley) -> None:
@@ -171,15 +187,75 @@ def test_a_gate_is_asked_remembers_and_speeds_moves_up(adopted, reading, valley)
     assert burst.state.gate == (1.0,)
 
 
-@pytest.mark.parametrize("asked", [0.03, -0.03, 0.4, -0.4])
-def test_a_residual_shifts_the_goal_within_its_limit(adopted, reading, valley, asked) -> None:
-    policy = Policy(PolicyConfig(shield=ShieldConfig(move_fraction=1.0)), residual=Shift(asked))
+@pytest.fixture
+def far(adopted, reading, valley):
+    """A reading whose anchor is 0.8 and the state before it: a move would start."""
     seen = reading(20, curve=valley(0.8, monotonic_ns=20 * 250_000_000))
-    decision = decide(seen, adopted._replace(now_ns=19 * 250_000_000), policy)
+    return seen, adopted._replace(now_ns=19 * 250_000_000)
+
+
+@pytest.mark.parametrize("asked", [0.6, -0.6, 8.0, -8.0, math.inf])
+def test_a_residual_shifts_the_goal_within_its_limit(far, asked) -> None:
+    policy = with_residual(Says(shift=asked), move_fraction=1.0)
+    decision = decide(*far, policy)
     assert decision.reasons & Reason.RESIDUAL
-    cut = math.copysign(min(abs(asked), MAX_CORRECTION), asked)
+    cut = MAX_CORRECTION * math.copysign(min(abs(asked), 1.0), asked)
     assert decision.state.goal == pytest.approx(0.8 + cut)
     assert decision.anchor == pytest.approx(0.8)
+    assert decision.wish == pytest.approx(0.8 + cut)
+
+
+def test_a_gain_scales_the_residual_and_none_leaves_it_unasked(far) -> None:
+    residual = Says(shift=1.0)
+    half = decide(*far, with_residual(residual, 0.5, move_fraction=1.0))
+    assert half.state.goal == pytest.approx(0.8 + MAX_CORRECTION / 2)
+    without = decide(*far, with_residual(residual, 0.0))
+    assert without == decide(*far, Policy(PolicyConfig(gate=None)))
+    residual.gain = 0.0  # its maker did not find it worth anything
+    assert decide(*far, with_residual(residual)) == without
+
+
+def test_an_untrained_residual_changes_nothing(far) -> None:
+    asked = decide(*far, with_residual(Says()))
+    without = decide(*far, Policy(PolicyConfig(gate=None)))
+    assert asked.target == without.target
+    assert asked.state.goal == without.state.goal
+
+
+def test_a_residual_says_how_far_and_how_fast_but_not_past_the_shield(far) -> None:
+    plain = decide(*far, with_residual(Says(), move_fraction=0.4, slew_per_s=0.04))
+    half = decide(*far, with_residual(Says(fraction=-1.0, slew=-1.0), move_fraction=0.4,
+                                      slew_per_s=0.04))  # fmt: skip
+    assert half.state.goal - 0.5 == pytest.approx((plain.state.goal - 0.5) / 2)
+    assert half.state.target - 0.5 == pytest.approx((plain.state.target - 0.5) / 4)
+    more = decide(*far, with_residual(Says(fraction=9.0, slew=9.0), move_fraction=0.9,
+                                      slew_per_s=0.04))  # fmt: skip
+    assert more.state.goal == pytest.approx(0.8), "no further than the anchor"
+    assert more.state.target - 0.5 == pytest.approx(4 * (plain.state.target - 0.5))
+
+
+def test_a_residual_that_waits_puts_a_move_off_but_not_for_ever(adopted, reading, valley) -> None:
+    waiting = with_residual(Says(wait=1.0))
+    state, said = adopted, []
+    for tick in range(8, 80):
+        decision = decide(
+            reading(tick, curve=valley(0.8, monotonic_ns=tick * 250_000_000)), state, waiting
+        )
+        state = decision.state
+        said.append(decision.reasons)
+        if decision.reasons & Reason.MOVE_STARTED:
+            break
+    waits = sum(bool(reasons & Reason.RESIDUAL_WAITS) for reasons in said)
+    assert waits == ResidualConfig().residual_wait_ticks
+    assert said[-1] & Reason.MOVE_STARTED
+
+
+@pytest.mark.parametrize("field", ["shift", "fraction", "slew", "wait"])
+def test_a_residual_that_is_no_number_is_left_out(far, field) -> None:
+    decision = decide(*far, with_residual(Says(**{field: math.nan})))
+    assert decision.reasons & Reason.RESIDUAL_INVALID
+    assert not decision.reasons & Reason.RESIDUAL
+    assert decision.target == decide(*far, Policy(PolicyConfig(gate=None))).target
 
 
 def test_a_server_without_any_command_begins_at_the_initial_alpha(reading) -> None:

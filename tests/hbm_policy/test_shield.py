@@ -8,18 +8,21 @@ from typing import Any
 
 import pytest
 from hbm_policy import (
-    Correction,
+    Action,
     Gating,
     Policy,
     PolicyConfig,
     PolicyState,
     Reading,
     Reason,
+    ResidualConfig,
     Shield,
     ShieldConfig,
+    Traffic,
     decide,
     is_hold,
 )
+from hbm_policy.observation import OBSERVATION_NAMES
 from hbm_policy.reading import HOLDS, Curve
 from hbm_policy.shield import Wish
 from hbm_pool.contracts.records import Mode
@@ -52,6 +55,13 @@ CURVES = st.one_of(
         lambda costs: Curve(0, 1, 10, 0, 1.0, (0.1, 0.5, 0.9), tuple(costs))
     ),
 )
+TRAFFIC = st.builds(
+    Traffic,
+    **{
+        name: WILD if name.endswith("_ms") else st.one_of(st.integers(0, 10**6), WILD_INT)
+        for name in Traffic._fields
+    },
+)
 READINGS = st.builds(
     Reading,
     now_ns=st.one_of(WILD_INT, NEAR_INT),
@@ -77,6 +87,9 @@ READINGS = st.builds(
     alpha_fixed=WILD,
     refill_bytes_per_s=WILD,
     curve=CURVES,
+    pool_bytes=WILD_INT,
+    slo_ms=WILD,
+    traffic=TRAFFIC,
 )
 # Sound but for a few fields: these get past the first checks.
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
@@ -97,6 +110,10 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "moving": st.booleans(),
     "draining": st.booleans(),
     "curve": CURVES,
+    "traffic": TRAFFIC,
+    "requests": WILD_INT,
+    "slo_ms": WILD,
+    "pool_bytes": WILD_INT,
     "telemetry_epoch": st.integers(6, 8),
     "boot_epoch": st.integers(6, 8),
     "now_ns": st.integers(0, 10 * TICK_NS),
@@ -121,21 +138,34 @@ class WildGate:
 class WildResidual:
     """A residual that asks for anything."""
 
-    def __init__(self, correction: Correction) -> None:
-        self.correction = correction
+    gain = 1.0
 
-    def correct(self, reading: Reading, anchor: float, gain: float) -> Correction:
-        return self.correction
+    def __init__(self, action: Action) -> None:
+        self.action = action
+
+    def act(self, observation: tuple[float, ...]) -> Action:
+        assert len(observation) == len(OBSERVATION_NAMES)
+        return self.action
 
 
+GATINGS = st.builds(
+    Gating,
+    open=st.booleans(),
+    slew_scale=WILD,
+    memory=st.tuples(WILD),
+    slew_limit_per_s=WILD,
+    barred=WILD,
+    since_ticks=st.floats(0.0, math.inf),
+)
 POLICIES = st.builds(
-    lambda open_, slew, alpha, scale: Policy(
-        gate=WildGate(Gating(open_, slew, (slew,))), residual=WildResidual(Correction(alpha, scale))
+    lambda gating, action: Policy(
+        PolicyConfig(residual=ResidualConfig(residual_gain=1.0)),
+        gate=gating and WildGate(gating),
+        residual=WildResidual(action),
     ),
-    st.booleans(),
-    WILD,
-    WILD,
-    WILD,
+    # None: the gate that ships, with its own memory.
+    st.one_of(st.none(), GATINGS),
+    st.builds(Action, WILD, WILD, WILD, WILD),
 )
 
 
