@@ -37,7 +37,7 @@ class Phase(IntEnum):
 LEARN_SAMPLES: Final = 16.0
 """Samples before anything can be evidence: mean and deviation must be known."""
 RELEARN_SAMPLES: Final = 4.0
-"""After an alarm the mean is learned anew, its first sample counting for so many."""
+"""After an alarm the mean is learned anew from one sample that counts for so many."""
 MAX_Z: Final = 4.0
 """A single sample is no more evidence than this, so one outlier opens nothing."""
 COST_SD_MIN: Final = 0.02
@@ -77,6 +77,7 @@ class BurstGate:
             until_ns,
             cost_ms,
             requests,
+            cost_x,
             cost_count,
             cost_mean,
             cost_var,
@@ -84,6 +85,7 @@ class BurstGate:
             cost_down,
             arrived,
             seen_ns,
+            rate_x,
             rate_count,
             rate_mean,
             rate_var,
@@ -109,8 +111,9 @@ class BurstGate:
                 fresh_ms = (newest_ms - fade * cost_ms) / (1.0 - fade)
                 cost_ms, requests = newest_ms, float(curve.requests)
                 if 0.0 < fresh_ms < math.inf:
+                    cost_x = math.log(fresh_ms)
                     cost_count, cost_mean, cost_var, cost_up, cost_down, _ = self._watch(
-                        math.log(fresh_ms),
+                        cost_x,
                         COST_SD_MIN,
                         cost_count,
                         cost_mean,
@@ -130,8 +133,9 @@ class BurstGate:
             arrived, seen_ns = now_arrived, float(now_ns)
             if came < 0.0:
                 came = 0.0
+            rate_x = math.sqrt((came + _ANSCOMBE) / elapsed_s)
             rate_count, rate_mean, rate_var, rate_up, rate_down, z = self._watch(
-                math.sqrt((came + _ANSCOMBE) / elapsed_s),
+                rate_x,
                 0.5 * COUNT_SD / math.sqrt(elapsed_s),
                 rate_count,
                 rate_mean,
@@ -148,10 +152,11 @@ class BurstGate:
                 cost_up > h or cost_down > h or rate_up > h or rate_down > h
             ) and since > config.gate_refractory_ticks:
                 phase, ticks, since, began_at, barred = _BURST, 0.0, 0.0, reading.alpha_target, 0.0
-                # What is normal now has to be learned; how much it scatters is kept.
-                cost_count = min(cost_count, RELEARN_SAMPLES)
-                rate_count = min(rate_count, RELEARN_SAMPLES)
-                cost_up = cost_down = rate_up = rate_down = 0.0
+                # The newest sample is what is normal now; how much it scatters is kept.
+                if cost_up + cost_up > h or cost_down + cost_down > h:
+                    cost_mean, cost_count, cost_up, cost_down = cost_x, RELEARN_SAMPLES, 0.0, 0.0
+                if rate_up + rate_up > h or rate_down + rate_down > h:
+                    rate_mean, rate_count, rate_up, rate_down = rate_x, RELEARN_SAMPLES, 0.0, 0.0
         elif phase == _BURST:
             ticks += 1.0
             if ticks >= config.gate_burst_ticks:
@@ -180,6 +185,7 @@ class BurstGate:
                     until_ns,
                     cost_ms,
                     requests,
+                    cost_x,
                     cost_count,
                     cost_mean,
                     cost_var,
@@ -187,6 +193,7 @@ class BurstGate:
                     cost_down,
                     arrived,
                     seen_ns,
+                    rate_x,
                     rate_count,
                     rate_mean,
                     rate_var,
@@ -261,7 +268,7 @@ def _first(reading: Reading) -> Gating:
     arrived = reading.requests + traffic.errors + traffic.overloads + traffic.queue_depth
     memory = (
         *(_NORMAL, 0.0, math.inf, 0.0, 0.0, 0.0),
-        *(0.0, 0.0, -LEARN_SAMPLES, 0.0, 0.0, 0.0, 0.0),
-        *(float(arrived), float(reading.now_ns), -LEARN_SAMPLES, 0.0, 0.0, 0.0, 0.0),
+        *(0.0, 0.0, 0.0, -LEARN_SAMPLES, 0.0, 0.0, 0.0, 0.0),
+        *(float(arrived), float(reading.now_ns), 0.0, -LEARN_SAMPLES, 0.0, 0.0, 0.0, 0.0),
     )
     return Gating(open=False, slew_scale=1.0, memory=memory)
