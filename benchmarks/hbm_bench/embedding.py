@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from hbm_pool.host.row_store import RamRowStore
 EXTENT_BYTES = 2 << 20
 LINK_BYTES_PER_S = 50e6
 """Slow, so that what a batch takes is mostly the link and not the interpreter."""
+ROUND_BATCHES = 50
 _KV = KVSpec(layers=2, heads=2, head_dim=64, page_tokens=64)
 
 
@@ -99,7 +100,7 @@ def gather(width: int, rows: int, repetitions: int, seed: int, device: str) -> d
 
 
 def refill(batches: int, seed: int, load: float | None) -> dict[str, Any]:
-    """Batches with misses, in rounds of 50, each round with the refiller resting and then working.
+    """Rounds of `ROUND_BATCHES` with misses, each with the refiller resting and then working.
 
     `load` is the share of the link that the batches need, None for no pause between them.
     """
@@ -116,11 +117,15 @@ def refill(batches: int, seed: int, load: float | None) -> dict[str, Any]:
             before = link.counters().foreground_bytes
     link_s = (link.counters().foreground_bytes - before) / 200 / LINK_BYTES_PER_S
     won = max(1, round(0.04 * cache.num_extents))
-    times: dict[bool, list[float]] = {False: [], True: []}
+    rounds: dict[bool, list[list[float]]] = {False: [], True: []}
     waits: dict[bool, list[float]] = {False: [], True: []}
     try:
-        while len(times[True]) < batches:
-            gaps = random.exponential(link_s / load, 50) if load else np.zeros(50)
+        while len(rounds[True]) * ROUND_BATCHES < batches:
+            gaps = (
+                random.exponential(link_s / load, ROUND_BATCHES)
+                if load
+                else np.zeros(ROUND_BATCHES)
+            )
             for working in (False, True):
                 # Rows of its own: the second arm must not find what the first has fetched.
                 drawn = [torch.from_numpy(_zipf(random, 4 * resident, rows)) for _ in gaps]
@@ -129,19 +134,21 @@ def refill(batches: int, seed: int, load: float | None) -> dict[str, Any]:
                     refiller.start()
                     refiller.wake()
                 taken, waited = _served(cache, drawn, gaps, width)
-                times[working] += taken
+                rounds[working].append(taken)
                 waits[working] += waited
                 if working:
                     refiller.stop()
         counters = refiller.counters()
     finally:
         refiller.close()
-    rest, work = _percentiles(times[False]), _percentiles(times[True])
+    rest, work = (_percentiles(np.ravel(rounds[working])) for working in (False, True))
     tail = "p99_us" if "p99_us" in rest else "p95_us"
     return {
         "goal_tail_ratio": 1.05,
         "tail": tail,
         "tail_ratio": work[tail] / rest[tail],
+        # One pause of the machine lies in one round: the interval says how much one round weighs.
+        "tail_ratio_95_percent": _tail_ratio_interval(rounds, int(tail[1:3]), seed),
         "p50_ratio": work["p50_us"] / rest["p50_us"],
         "resting": rest,
         "refilling": work,
@@ -153,6 +160,21 @@ def refill(batches: int, seed: int, load: float | None) -> dict[str, Any]:
         "rows": counters.rows,
         "link_us_per_batch": link_s * 1e6,
     }
+
+
+def _tail_ratio_interval(
+    rounds: dict[bool, list[list[float]]], percentile: int, seed: int
+) -> tuple[float, float]:
+    """Bootstrap over pairs of rounds: 95 % interval of the tail with refill over that without."""
+    random = np.random.default_rng(seed)
+    resting, working = np.array(rounds[False]), np.array(rounds[True])
+    ratios = []
+    for _ in range(1000):
+        drawn = random.integers(len(resting), size=len(resting))
+        tails = [np.percentile(each[drawn], percentile) for each in (working, resting)]
+        ratios.append(tails[0] / tails[1])
+    low, high = np.percentile(ratios, (2.5, 97.5))
+    return float(low), float(high)
 
 
 def _served(
@@ -219,7 +241,7 @@ def _settle(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _percentiles(times_s: list[float]) -> dict[str, float | int]:
+def _percentiles(times_s: Sequence[float] | npt.NDArray[np.float64]) -> dict[str, float | int]:
     """P99 only where 1,000 values stand behind it, else P95."""
     tail = 99 if len(times_s) >= 1000 else 95
     return {
