@@ -72,8 +72,9 @@ def count_gather(
     missed, in their order."""
     if len(requests) == 1 and not missed:  # the quick way of the usual case: one table, all hits
         number, n = requests[0].kind.number, found[0].accesses
-        per_class = tuple([n if i == number else 0 for i in range(num_classes)])
-        return GatherStats(n, found[0].unique, n, 0, 0, 0, 0, 0.0, per_class, (0,) * num_classes)
+        none = (0,) * num_classes
+        per_class = (*none[:number], n, *none[number + 1 :])
+        return GatherStats(n, found[0].unique, n, 0, 0, 0, 0, 0.0, per_class, none)
     accesses = [0] * num_classes
     misses = [0] * num_classes
     total = unique = missed_rows = ghosts = conflicts = nbytes = 0

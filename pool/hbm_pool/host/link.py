@@ -73,7 +73,8 @@ class LinkModel:
         self._free_at_s = clock_s()
         self._back_free_at_s = self._free_at_s
         self._refill_end_s = -math.inf  # when the last refill copy will have arrived
-        self._fetching = 0
+        # One entry per request that fetches: appending and popping need no lock.
+        self._fetching: list[None] = []
         self._spans: deque[tuple[float, float]] = deque()  # when something was on its way
         self._foreground_bytes = 0
         self._foreground_copies = 0
@@ -89,13 +90,11 @@ class LinkModel:
         Said this early, a short copy of the refiller that is on its way has arrived before the
         request has looked up and read what it misses.
         """
-        with self._lock:
-            self._fetching += 1
+        self._fetching.append(None)
 
     def end_fetch(self) -> None:
         """That request has its rows."""
-        with self._lock:
-            self._fetching -= 1
+        self._fetching.pop()
 
     @contextmanager
     def fetching(self) -> Iterator[None]:
@@ -207,7 +206,7 @@ class LinkModel:
         return end
 
     def _quiet(self, now: float) -> bool:
-        return self._fetching == 0 and self._free_at_s <= now and self._back_free_at_s <= now
+        return not self._fetching and self._free_at_s <= now and self._back_free_at_s <= now
 
     def _busy(self, now: float) -> float:
         since = now - BUSY_WINDOW_S
