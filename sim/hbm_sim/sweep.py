@@ -20,6 +20,7 @@ from hbm_policy.costs import CostConstants, usable
 from hbm_pool.contracts.records import CostModel, ServerInfo
 
 from hbm_sim.node import Node, Served
+from hbm_sim.queueing import queue_ms
 from hbm_sim.requests import RowNumbers, SimRequest
 
 COARSE_STEP: Final = 0.05
@@ -282,28 +283,6 @@ def _latencies(
             )
         result.append(latency_ms)
     return result
-
-
-def queue_ms(
-    arrival_ms: npt.NDArray[np.float64],
-    gather_ms: npt.NDArray[np.float64],
-    compute_ms: npt.NDArray[np.float64],
-    *,
-    overlap: bool,
-) -> npt.NDArray[np.float64]:
-    """Latencies of requests served first come, first served, `[n]` ms (Lindley's recursion).
-
-    Serial: one station. Overlap: gather and compute are two stations in tandem.
-    """
-    latency_ms = np.empty(len(arrival_ms))
-    gathered = computed = 0.0
-    for index, (arrival, gather, compute) in enumerate(
-        zip(arrival_ms.tolist(), gather_ms.tolist(), compute_ms.tolist(), strict=True)
-    ):
-        gathered = max(arrival, gathered if overlap else computed) + gather
-        computed = max(gathered, computed) + compute
-        latency_ms[index] = computed - arrival
-    return latency_ms
 
 
 def _summary(

@@ -1,0 +1,426 @@
+"""One simulated node: production rules over a sample of rows, at the speed of compiled code."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from hbm_policy.twin_users import allocate_users
+from hbm_pool.contracts.records import TELEMETRY, CostModel
+from hbm_pool.host import replacement
+from hbm_pool.host.recent_counts import HALF_LIFE, MAX_PLACES
+
+from hbm_sim import engine_moves as at
+from hbm_sim.engine_kernel import Outcome, Requests, serve
+from hbm_sim.engine_moves import NodeArrays
+from hbm_sim.lru_kernel import allocate_lru
+from hbm_sim.node_spec import NodeSpec
+from hbm_sim.stream import Stream
+
+LATENCY_WINDOW: Final = 1024
+"""Requests behind the percentiles that telemetry states."""
+LEAST_HEAT: Final = 2.0
+"""Rows asked for less often of late are not worth a copy of the refiller."""
+NOW: Final = math.inf
+
+
+class EngineError(ValueError):
+    """A node that cannot be simulated; the message says what to change."""
+
+
+class Resident(NamedTuple):
+    """Users with reusable KV."""
+
+    users: npt.NDArray[np.int64]  # [n]
+    tokens: npt.NDArray[np.int64]  # [n]
+
+
+class EngineNode:
+    """One node from cold, at `alpha` until a command changes it."""
+
+    def __init__(
+        self,
+        spec: NodeSpec,
+        alpha: float,
+        rate: float,
+        rows: Literal["tz", "lru"] = "tz",
+        *,
+        sampled_rows: int | None = None,
+    ) -> None:
+        """`rate`: share of rows in the streams it will serve; `sampled_rows`: their number, by
+        default as expected of the rate (a longer stream raises). `rows`: replacement rule; at
+        rate 1 TZ runs over whole extents, as in the pool.
+
+        Raises EngineError for what cannot be simulated.
+        """
+        if len(spec.info.classes) != 1:
+            raise EngineError(
+                f"the node has {len(spec.info.classes)} row width classes; the compiled engine "
+                "simulates one (hbm_sim.Node simulates several, at rate 1)"
+            )
+        if not 0.0 < rate <= 1.0:
+            raise EngineError(f"rate is {rate}; it must be above 0 and at most 1")
+        if not 0.0 <= alpha <= 1.0:
+            raise EngineError(f"alpha is {alpha}; it must be in 0..1")
+        self.spec = spec
+        self.rate = rate
+        self.rows = rows
+        self.generation = 0
+        """Commands taken over."""
+        self.boot_epoch = 1
+        self.outcome: Outcome | None = None
+        self._sampled_rows = sampled_rows
+        self._served: list[int] = []
+        self._stream: Stream | None = None
+        self._requests: Requests | None = None
+        self._queue: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self._position = 0
+        self._begin(self._extents(alpha))
+
+    def _begin(self, extents: int) -> None:
+        info, rate = self.spec.info, self.rate
+        row_class = info.classes[0]
+        expected = row_class.catalogue_rows * rate
+        rows = self._sampled_rows or math.ceil(expected + 6.0 * expected**0.5 + 16.0)
+        whole_extents = rate >= 1.0 and self.rows == "tz"
+        per_extent = 1.0 if whole_extents else row_class.rows_per_extent * rate
+        units = round(info.extents * per_extent)
+        held = round(extents * per_extent)
+        tz = replacement.allocate(
+            rows if self.rows == "tz" else 1,
+            units if self.rows == "tz" else 1,
+            row_class.rows_per_extent if whole_extents else 1,
+        )
+        lru = allocate_lru(rows if self.rows == "lru" else 0, held)
+        kv_extents = info.extents - math.floor(info.alpha_min * info.extents)
+        kv_extents = max(kv_extents, info.extents - extents)
+        users = allocate_users(
+            np.array([kv_extents]),
+            info.pages_per_extent,
+            -(-info.max_sequence_tokens // (info.page_tokens * info.pages_per_extent)),
+        )
+        users.capacity[0] = info.extents - extents
+        spare = np.arange(units - 1, -1, -1, dtype=np.int32)
+        if self.rows == "tz":
+            replacement.grow(tz, np.arange(held, dtype=np.int32))
+        slice_units = max(1, round(self.spec.slice_rows * (1.0 if whole_extents else rate)))
+        slice_rows = slice_units
+        if self.rows == "lru":
+            slice_units = max(1, round(self.spec.slice_rows * rate))
+        self._arrays = NodeArrays(
+            tz=tz,
+            lru=lru,
+            users=users,
+            spare=spare,
+            whole=np.zeros(at.WHOLE, np.int64),
+            real=np.zeros(at.REAL),
+            fixed=np.zeros(at.FIXED),
+            heat=np.zeros(rows, np.float32),
+            hottest=np.empty(0, np.int32),
+            stamp=np.zeros(rows, np.int64),
+            missed=np.empty(1 << 16, np.int32),
+            prints=np.empty(info.max_sequence_tokens // info.page_tokens + 1, np.uint32),
+            cached=np.zeros(1, np.int64),
+            copies=np.empty((3, slice_rows + row_class.rows_per_extent), np.int64),
+            released=np.empty(units + 1, np.int32),
+        )
+        whole = self._arrays.whole
+        whole[at.TARGET] = whole[at.EXTENTS] = extents
+        whole[at.UNITS] = held
+        whole[at.SPARE] = units - held
+        self._fix(per_extent, slice_units)
+
+    def _fix(self, per_extent: float, slice_units: int) -> None:
+        spec, info, fixed = self.spec, self.spec.info, self._arrays.fixed
+        row_bytes = info.classes[0].row_bytes
+        link = spec.link_bytes_per_s / 1e3
+        for place, value in (
+            (at.UNITS_PER_EXTENT, per_extent),
+            (at.SLICE_UNITS, slice_units),
+            (at.GROWTH_EXTENTS, spec.growth_extents),
+            (at.ALL_EXTENTS, info.extents),
+            (at.RATE, self.rate),
+            (at.ROW_BYTES, row_bytes),
+            (at.LINK, link),
+            (at.FIXED_MS, spec.costs.fixed_ms),
+            (at.TOKEN_MS, spec.costs.token_ms),
+            (at.CONTEXT_MS, spec.costs.token_context_ms),
+            (at.ROW_MS, spec.costs.row_ms[0]),
+            (at.CAUSAL, spec.context == "causal"),
+            (at.OVERLAP, info.cost_model == CostModel.OVERLAP),
+            (at.PAGE_TOKENS, info.page_tokens),
+            (at.TRIMS, info.kv_eviction == "tail"),
+            (at.SLICE_MS, spec.slice_ms),
+            (at.IDLE_SLICE_MS, spec.idle_slice_ms),
+            (at.COPY_MS, spec.refill_copy_bytes / link),
+            (at.QUEUE_LIMIT, spec.queue_limit),
+            (at.LRU, self.rows == "lru"),
+            (at.SLO_MS, info.slo_ms),
+        ):
+            fixed[place] = value
+
+    def _extents(self, alpha: float) -> int:
+        info = self.spec.info
+        least = math.ceil(info.alpha_min * info.extents - 1e-9)
+        most = math.floor(info.alpha_max * info.extents + 1e-9)
+        return min(max(round(alpha * info.extents), least), max(least, most))
+
+    # -- what it is told -------------------------------------------------------------------------
+
+    def command(
+        self, alpha: float, refill_bytes_per_s: float = 0.0, drop_only: bool = False
+    ) -> None:
+        """Aim at another α from the next batch boundary on, and refill at that rate.
+
+        Raises EngineError for an α or a rate that is not a number in range.
+        """
+        if not 0.0 <= alpha <= 1.0 or not 0.0 <= refill_bytes_per_s < math.inf:
+            raise EngineError(
+                f"commanded alpha {alpha} and refill {refill_bytes_per_s} bytes/s; α must be in "
+                "0..1, the rate 0 or more"
+            )
+        whole, real = self._arrays.whole, self._arrays.real
+        self.generation += 1
+        target = self._extents(alpha)
+        if target != whole[at.TARGET]:
+            whole[at.TARGET] = target
+            whole[at.MOVING] = 1
+            whole[at.DROP_ONLY] = drop_only
+        real[at.REFILL_RATE] = refill_bytes_per_s / 1e3
+        if refill_bytes_per_s > 0.0:
+            self._choose_refill()
+
+    def restart(self) -> None:
+        """The server dies and comes back at its α: caches, counters and commands are gone."""
+        real = self._arrays.real
+        free = real[at.GATHER_FREE], real[at.COMPUTE_FREE]
+        position = self._position
+        self._begin(int(self._arrays.whole[at.EXTENTS]))
+        self._arrays.real[at.GATHER_FREE], self._arrays.real[at.COMPUTE_FREE] = free
+        self._arrays.whole[at.OLDEST] = position
+        self.generation = 0
+        self.boot_epoch += 1
+
+    def _choose_refill(self) -> None:
+        """The hottest rows of late, hottest first; absent ones are told apart when copied."""
+        arrays = self._arrays
+        places = min(MAX_PLACES, 2 * self.spec.info.extents * self._rows_per_extent) * self.rate
+        if arrays.whole[at.NOTED] > HALF_LIFE * places:
+            arrays.heat[:] *= 0.5
+            arrays.whole[at.NOTED] = 0
+        left = arrays.whole[at.REFILL_AT] < len(arrays.hottest)
+        if left and self.rows == "tz" and replacement.free_slots(arrays.tz) == 0:
+            return
+        warm = np.flatnonzero(arrays.heat >= LEAST_HEAT)
+        order = warm[np.argsort(-arrays.heat[warm], kind="stable")][: max(1, int(places))]
+        self._arrays = arrays._replace(hottest=order.astype(np.int32))
+        self._arrays.whole[at.REFILL_AT] = 0
+
+    @property
+    def _rows_per_extent(self) -> int:
+        return self.spec.info.classes[0].rows_per_extent
+
+    # -- serving ---------------------------------------------------------------------------------
+
+    def attach(self, stream: Stream) -> None:
+        """The stream whose requests come next; `outcome` is made anew for it.
+
+        Raises EngineError when it was sampled at another rate or holds other rows.
+        """
+        if stream is self._stream:
+            return
+        if stream.rate != self.rate:
+            raise EngineError(f"the stream has rate {stream.rate}, the node {self.rate}")
+        if len(stream.row_keys) > len(self._arrays.stamp):
+            raise EngineError(
+                f"the stream has {len(stream.row_keys)} sampled rows, the node room for "
+                f"{len(self._arrays.stamp)}; give sampled_rows={len(stream.row_keys)}"
+            )
+        most = int((np.diff(stream.history_at) + np.diff(stream.candidate_at)).max(initial=0))
+        if most > len(self._arrays.missed):
+            self._arrays = self._arrays._replace(missed=np.empty(most, np.int32))
+        n = len(stream)
+        self.outcome = Outcome(
+            latency_ms=np.zeros(n),
+            service_ms=np.zeros(n),
+            gather_ms=np.zeros(n),
+            compute_ms=np.zeros(n),
+            start_ms=np.zeros(n),
+            cached_tokens=np.zeros(n, np.int32),
+            missed_rows=np.zeros(n),
+            looked_up_rows=np.zeros(n),
+            dropped=np.zeros(n, np.bool_),
+        )
+        self._stream = stream
+        self._requests = Requests(*(getattr(stream, name) for name in Requests._fields))
+        self._queue = np.arange(n, dtype=np.int64)
+        self._position = 0
+        self._arrays.whole[at.OLDEST] = 0
+        self._arrays.whole[at.WAITING] = 0
+
+    def serve(self, stream: Stream, begin: int, end: int) -> None:
+        """Requests [begin, end) of a stream, whenever they begin. `outcome` says what became of
+        them. Streams are served from their start, in order."""
+        self.attach(stream)
+        if begin != self._position:
+            raise EngineError(f"requests from {self._position} on come next, not from {begin}")
+        self._run(end, NOW)
+
+    def advance(self, stream: Stream, until_s: float) -> int:
+        """Serves what begins before a moment of the stream. -> the first request that does not."""
+        self.attach(stream)
+        arrived = int(np.searchsorted(stream.arrival_s, until_s))
+        self._run(arrived, until_s * 1e3)
+        return self._position
+
+    def _run(self, end: int, until_ms: float) -> None:
+        assert self._requests is not None
+        assert self.outcome is not None
+        if self._position < end:
+            self._position = serve(
+                self._arrays,
+                self._requests,
+                self._queue,
+                self._position,
+                end,
+                until_ms,
+                self.outcome,
+            )
+
+    # -- what it says ----------------------------------------------------------------------------
+
+    @property
+    def alpha(self) -> float:
+        """Applied: EMB extents ÷ all extents."""
+        return int(self._arrays.whole[at.EXTENTS]) / self.spec.info.extents
+
+    @property
+    def moving(self) -> bool:
+        """A planned move is under way."""
+        return bool(self._arrays.whole[at.MOVING])
+
+    def count(self, place: int) -> int:
+        """One of the whole-number counters of `engine_moves`."""
+        return int(self._arrays.whole[place])
+
+    @property
+    def moved_bytes(self) -> int:
+        """Extents that changed sides, in bytes."""
+        return self.count(at.MOVED_EXTENTS) * self.spec.info.extent_bytes
+
+    @property
+    def refill_bytes(self) -> float:
+        return self.count(at.REFILLED) / self.rate * self.spec.info.classes[0].row_bytes
+
+    @property
+    def foreground_bytes(self) -> float:
+        return self.count(at.MISSED) / self.rate * self.spec.info.classes[0].row_bytes
+
+    @property
+    def critical_share(self) -> float:
+        """Share of the requests' copies that waited for a copy of the refiller."""
+        return self.count(at.CRITICAL) / max(1, self.count(at.COPIES))
+
+    def residents(self) -> Resident:
+        """Users whose KV can be reused, and how many tokens of it."""
+        users = self._arrays.users
+        pages = users.pages[:, 0].astype(np.int64)
+        held = np.flatnonzero((users.holders > 0) & (pages > 0))
+        return Resident(users.name[held].copy(), pages[held] * self.spec.info.page_tokens)
+
+    def check_integrity(self) -> list[str]:
+        """What is wrong inside; empty when all is well. For tests."""
+        arrays, info = self._arrays, self.spec.info
+        found = replacement.violations(arrays.tz) if self.rows == "tz" else []
+        used = int(arrays.users.held.sum())
+        if used != arrays.users.used[0] or used > arrays.users.capacity[0]:
+            found.append(
+                f"kv: users hold {used} extents, {arrays.users.used[0]} are counted, "
+                f"{arrays.users.capacity[0]} are allowed"
+            )
+        if arrays.users.capacity[0] + arrays.whole[at.EXTENTS] != info.extents:
+            found.append("extents of KV and EMB do not add up")
+        units = len(arrays.spare)
+        if arrays.whole[at.UNITS] + arrays.whole[at.SPARE] != units:
+            found.append(f"units held and spare do not add up to {units}")
+        return found
+
+    def telemetry(self, into: npt.NDArray[Any], now_ns: int = 0) -> None:
+        """Fills one record of dtype TELEMETRY as the server would."""
+        if into.dtype != TELEMETRY or into.size != 1:
+            raise EngineError(
+                f"telemetry goes into one record of dtype TELEMETRY, not {into.dtype}"
+            )
+        info, whole, real = self.spec.info, self._arrays.whole, self._arrays.real
+        scale = 1.0 / self.rate
+        extents = int(whole[at.EXTENTS])
+        missed, looked_up = whole[at.MISSED] * scale, whole[at.LOOKED_UP] * scale
+        costs = self.spec.declares()
+        into[...] = 0
+        p50, p99, n = self._percentiles()
+        for name, value in (
+            ("monotonic_ns", now_ns),
+            ("boot_epoch", self.boot_epoch),
+            ("alpha", extents / info.extents),
+            ("alpha_target", whole[at.TARGET] / info.extents),
+            ("command_generation", self.generation),
+            ("extents_emb", extents),
+            ("extents_kv", self._arrays.users.used[0]),
+            ("extents_free", info.extents - extents - self._arrays.users.used[0]),
+            ("moving", whole[at.MOVING]),
+            ("moves", whole[at.MOVES]),
+            ("moved_extents", whole[at.MOVED_EXTENTS]),
+            ("relocated_rows", whole[at.RELOCATED] * scale),
+            ("requests", whole[at.REQUESTS]),
+            ("overloads", whole[at.REFUSED]),
+            ("uncached_requests", whole[at.UNCACHED]),
+            ("batches", whole[at.REQUESTS]),
+            ("slo_met", whole[at.SLO_MET]),
+            ("slo_total", whole[at.REQUESTS] + whole[at.REFUSED]),
+            ("latency_p50_ms", p50),
+            ("latency_p99_ms", p99),
+            ("latency_n", n),
+            ("queue_depth", whole[at.WAITING]),
+            ("queue_ms", real[at.WAITED]),
+            ("kv_lookups", whole[at.REQUESTS] - whole[at.ANONYMOUS]),
+            ("kv_hits", whole[at.KV_HITS]),
+            ("kv_tokens_reused", whole[at.TOKENS_REUSED]),
+            ("kv_tokens_computed", whole[at.TOKENS_COMPUTED]),
+            ("candidate_tokens", whole[at.CANDIDATES]),
+            ("kv_users", int((self._arrays.users.holders > 0).sum())),
+            ("emb_accesses", looked_up),
+            ("emb_hits", looked_up - missed),
+            ("emb_misses", missed),
+            ("gather_ms", real[at.GATHER]),
+            ("compute_ms", real[at.COMPUTE]),
+            ("service_ms", real[at.SERVICE]),
+            ("foreground_bytes", self.foreground_bytes),
+            ("refill_bytes", self.refill_bytes),
+            ("refill_rows", whole[at.REFILLED] * scale),
+            ("cost_fixed_ms", costs.fixed_ms),
+            ("cost_token_ms", costs.token_ms),
+            ("cost_token_context_ms", costs.token_context_ms),
+        ):
+            into[name] = value
+        into["class_extents"][..., 0] = extents
+        into["class_accesses"][..., 0] = looked_up
+        into["class_misses"][..., 0] = missed
+        into["cost_row_ms"][..., 0] = costs.row_ms[0]
+
+    @property
+    def link_busy_ms(self) -> float:
+        """Time that the link to the device was in use so far."""
+        return float(self._arrays.real[at.LINK_BUSY])
+
+    def _percentiles(self) -> tuple[float, float, int]:
+        if self.outcome is None or self._position == 0:
+            return 0.0, 0.0, 0
+        recent = self._queue[max(0, self._position - LATENCY_WINDOW) : self._position]
+        latency_ms = self.outcome.latency_ms[recent]
+        latency_ms = latency_ms[~np.isnan(latency_ms)]
+        if len(latency_ms) == 0:
+            return 0.0, 0.0, 0
+        p50, p99 = np.percentile(latency_ms, (50, 99))
+        return float(p50), float(p99), len(latency_ms)

@@ -1,0 +1,44 @@
+"""What a simulated node really is, and what it says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from hbm_policy.costs import CostConstants
+from hbm_pool.contracts.records import ServerInfo
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """The truth about one node. How gather and compute combine is `info.cost_model`."""
+
+    info: ServerInfo
+    costs: CostConstants
+    """What a request truly takes, with `context` deciding what token_context is charged for."""
+    link_bytes_per_s: float
+    """Host to device: missed rows and refill share it."""
+    context: Literal["causal", "whole"] = "causal"
+    """A computed history token attends to the tokens up to itself, or to the whole history."""
+    declared: CostConstants | None = None
+    """What the server's telemetry says the costs are; None: what fits them best."""
+    slice_ms: float = 0.07
+    """Work of one slice of a planned move on the serving thread (docs/results.md, p50)."""
+    slice_rows: int = 2048
+    """Row slots that one slice of a planned shrink looks at."""
+    idle_slice_ms: float = 10.0
+    """An idle server does one slice each so often."""
+    growth_extents: int = 512
+    """Extents that EMB wins at most at one batch boundary."""
+    refill_copy_bytes: int = 1 << 18
+    """One copy of the refiller: a request that comes meanwhile waits for its end."""
+    queue_limit: int = 4096
+    """Requests that may wait; a further one is refused."""
+    telemetry_noise: float = 0.0
+    """Standard deviation of the log of measured gather and compute times."""
+    telemetry_delay_ticks: int = 0
+    """How many ticks old the telemetry is that a decision sees."""
+
+    def declares(self) -> CostConstants:
+        """Cost constants as telemetry states them."""
+        return self.declared or self.costs
