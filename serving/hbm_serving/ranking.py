@@ -224,11 +224,12 @@ class RankStages:
         self, work: Work, scores: npt.NDArray[np.float32], compute_ms: float, now_s: float
     ) -> None:
         both_ms = work.gather_ms + compute_ms
+        rows_missed = work.batch.count_by_request(work.found.missed_at)
         results: list[tuple[Ticket, RankResult, float]] = []
         for place, index in enumerate(work.batch.order):
             ticket = work.tickets[index]
             latency_ms = (now_s - ticket.arrived_s) * 1e3
-            result = self._result(work, place, scores, both_ms, latency_ms)
+            result = self._result(work, place, scores, int(rows_missed[place]), both_ms, latency_ms)
             results.append((ticket, result, latency_ms))
         # Counted before anybody is answered: who has an answer finds it in the counters.
         self._count(work, compute_ms)
@@ -250,6 +251,7 @@ class RankStages:
         work: Work,
         place: int,
         scores: npt.NDArray[np.float32],
+        rows_missed: int,
         service_ms: float,
         latency_ms: float,
     ) -> RankResult:
@@ -264,8 +266,7 @@ class RankStages:
             history_tokens=span.tokens,
             kv_reused_tokens=span.cached,
             rows_looked_up=looked_up,
-            # Misses are counted per batch; a request gets its share by lookups.
-            rows_missed=round(work.found.misses / max(1, work.found.accesses) * looked_up),
+            rows_missed=rows_missed,
             queue_ms=max(0.0, latency_ms - service_ms),
             service_ms=service_ms,
             alpha=work.alpha,
@@ -296,5 +297,7 @@ class RankStages:
         counters.context_tokens += batch.context_tokens
         counters.gather_ms += work.gather_ms
         counters.compute_ms += compute_ms
+        counters.timed_accesses += work.found.accesses
+        counters.timed_misses[: len(work.found.class_misses)] += work.found.class_misses
         counters.service_ms += service_ms
         counters.request_ms += _MOVING * (service_ms / requests - counters.request_ms)
