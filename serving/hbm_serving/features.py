@@ -19,6 +19,7 @@ from hbm_pool.contracts.history import table_rows
 from hbm_serving.config import ModelConfig
 
 Ints = npt.NDArray[np.int64]
+_NOWHERE: Ints = np.empty(0, dtype=np.int64)
 
 
 @dataclasses.dataclass(slots=True)
@@ -117,6 +118,14 @@ class Batch:
         ]
         parts += [request.candidates for request in self.requests]
         return np.concatenate(parts)
+
+    def count_by_request(self, places: Sequence[npt.NDArray[np.integer]]) -> Ints:
+        """How many places among the computed tokens (as in `item_ids`) belong to each request,
+        `[requests] int64` in computing order."""
+        starts = [span.new_at for span in self.spans]
+        starts += [self.new_tokens + span.candidates_at for span in self.spans]
+        owners = np.searchsorted(starts, np.concatenate((*places, _NOWHERE)), side="right") - 1
+        return np.bincount(owners % len(self.spans), minlength=len(self.spans))
 
     def action_rows(self) -> Ints:
         """Row of the action embedding per computed token: 0 says "none", action a is a + 1."""

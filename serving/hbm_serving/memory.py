@@ -43,6 +43,9 @@ class RowCount(NamedTuple):
     accesses: int
     misses: int
     class_misses: tuple[int, ...]
+    missed_at: tuple[npt.NDArray[np.integer], ...]
+    """Places in the tables' ids of those for which rows were copied, `misses` in all; where several
+    ask for a row, of one."""
 
 
 class MemoryLayout(NamedTuple):

@@ -65,7 +65,9 @@ class PooledMemory:
 
     def gather(self, ids: Mapping[str, torch.Tensor], out: Mapping[str, torch.Tensor]) -> RowCount:
         found = self.pool.emb.gather(ids, out)
-        return RowCount(found.accesses, found.misses, tuple(found.class_misses))
+        return RowCount(
+            found.accesses, found.misses, found.class_misses, tuple(found.missed_at.values())
+        )
 
     def set_target_alpha(self, alpha: float, *, drop_only: bool) -> None:
         self.pool.set_target_alpha(alpha, drop_only=drop_only)

@@ -66,15 +66,22 @@ class HostMemory:
         """Every row is a miss; a row that a batch asks for twice is copied once."""
         accesses = misses = copied_bytes = 0
         by_class = [0] * len(self.layout.classes)
+        missed_at = []
         for index, table in enumerate(self._tables):
             if table.name not in ids:
                 continue
-            unique, inverse = torch.unique(ids[table.name], return_inverse=True)
-            rows = torch.empty(len(unique), table.width, dtype=DTYPES[table.dtype])
-            self._stores[table.name].read(unique.numpy(), rows.view(torch.uint8).numpy())
-            torch.index_select(
-                rows.to(self.device), 0, inverse.to(self.device), out=out[table.name]
+            unique, first, inverse = np.unique(
+                ids[table.name].numpy(), return_index=True, return_inverse=True
             )
+            rows = torch.empty(len(unique), table.width, dtype=DTYPES[table.dtype])
+            self._stores[table.name].read(unique, rows.view(torch.uint8).numpy())
+            torch.index_select(
+                rows.to(self.device),
+                0,
+                torch.from_numpy(inverse).to(self.device),
+                out=out[table.name],
+            )
+            missed_at.append(first)
             accesses += len(inverse)
             misses += len(unique)
             by_class[self.layout.table_class[index]] += len(unique)
@@ -82,7 +89,7 @@ class HostMemory:
         self._link.foreground(copied_bytes)
         self._accesses += accesses
         self._misses += misses
-        return RowCount(accesses, misses, tuple(by_class))
+        return RowCount(accesses, misses, tuple(by_class), tuple(missed_at))
 
     def set_target_alpha(self, alpha: float, *, drop_only: bool) -> None:
         """There is no α."""

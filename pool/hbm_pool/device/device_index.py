@@ -29,7 +29,11 @@ from hbm_pool.device.zone_tensors import STATE_SIZE
 from hbm_pool.host.replacement import TzCounters
 
 HEAD: Final = 2 + STATE_SIZE
-"""Of what is read back: missed rows, distinct rows, the state of the zones; then missed keys."""
+"""Of what is read back: missed rows, distinct rows, the state of the zones; then missed keys, each
+with the place of an id that asked for it in its upper half."""
+_PLACE_SHIFT: Final = 32
+_KEY_MASK: Final = (1 << _PLACE_SHIFT) - 1
+_NO_PLACES: Final = np.empty(0, np.int64)
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _KEY_BYTES: Final = 8 + 4
 _SLOT_BYTES: Final = 4 + 1
@@ -60,6 +64,7 @@ class DeviceFound:
         self._out = out
         self._version = index.zones.version
         self._missed: Keys | None = None
+        self._missed_at: npt.NDArray[np.int64] = _NO_PLACES
         self._state: npt.NDArray[np.int64] | None = None
         self.unique = 0
 
@@ -69,9 +74,14 @@ class DeviceFound:
                 self._ready.synchronize()
             told = self._read_back.numpy()
             count, self.unique = int(told[0]), int(told[1])
-            self._missed = told[HEAD : HEAD + count].copy()
+            packed = told[HEAD : HEAD + count]
+            self._missed = packed & _KEY_MASK
+            self._missed_at = packed >> _PLACE_SHIFT
             self._state = told[2:HEAD].copy()
         return self._missed
+
+    def missed_places(self) -> npt.NDArray[np.int64]:
+        return self._missed_at
 
     @property
     def complete(self) -> bool:
@@ -138,7 +148,7 @@ class DeviceRowIndex:
         zones.count_lookup(leads & hit, missed)
         told = torch.zeros(HEAD + count + 1, dtype=torch.int64, device=device)
         # The last element takes what is not missed.
-        told[torch.where(missed, order + HEAD, HEAD + count)] = keys
+        told[torch.where(missed, order + HEAD, HEAD + count)] = keys | leader << _PLACE_SHIFT
         told[0] = missed.sum()
         told[1] = leads.sum()
         told[2:HEAD] = zones.state

@@ -22,7 +22,16 @@ class HostFound:
     `missed_at` are the places of ids that wait for a row, `missed_from` which missed key it is.
     """
 
-    __slots__ = ("_index", "_missed", "_out", "accesses", "missed_at", "missed_from", "unique")
+    __slots__ = (
+        "_first_at",
+        "_index",
+        "_missed",
+        "_out",
+        "accesses",
+        "missed_at",
+        "missed_from",
+        "unique",
+    )
 
     def __init__(
         self,
@@ -30,6 +39,7 @@ class HostFound:
         accesses: int,
         unique: int,
         missed: Keys,
+        first_at: npt.NDArray[np.int32],
         missed_at: npt.NDArray[np.int32],
         missed_from: npt.NDArray[np.int32],
         out: torch.Tensor,
@@ -38,6 +48,7 @@ class HostFound:
         self.unique = unique
         self._index = index
         self._missed = missed
+        self._first_at = first_at
         self.missed_at = missed_at
         self.missed_from = missed_from
         self._out = out
@@ -48,6 +59,9 @@ class HostFound:
 
     def missed(self) -> Keys:
         return self._missed
+
+    def missed_places(self) -> npt.NDArray[np.int32]:
+        return self._first_at
 
     def learn(self) -> None:
         """The host knows already."""
@@ -117,12 +131,13 @@ class HostRowIndex:
             places = self._to_device(np.maximum(view.slots[:size], 0))
             torch.index_select(self._rows, 0, places, out=out)
         if missed == 0:
-            return HostFound(self, size, hits, _NO_KEYS, _NO_PLACES, _NO_PLACES, out)
+            return HostFound(self, size, hits, _NO_KEYS, _NO_PLACES, _NO_PLACES, _NO_PLACES, out)
         return HostFound(
             self,
             size,
             hits + missed,
             view.missed[:missed].copy(),
+            view.first_at[:missed].copy(),
             view.missed_at[:waiting].copy(),
             view.missed_from[:waiting].copy(),
             out,

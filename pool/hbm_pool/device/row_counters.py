@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from hbm_pool.device.row_index import Found, Inserted, Keys
 from hbm_pool.device.row_requests import RowRequest
 from hbm_pool.device.width_class import EmbClass
+
+NOTHING_MISSED: Final[Mapping[str, npt.NDArray[np.integer]]] = MappingProxyType({})
 
 
 class GatherStats(NamedTuple):
@@ -29,6 +35,9 @@ class GatherStats(NamedTuple):
     """Waited for the link."""
     class_accesses: tuple[int, ...]
     class_misses: tuple[int, ...]
+    missed_at: Mapping[str, npt.NDArray[np.integer]]
+    """Per table that missed: for each of the rows that were copied the place of an id that asked
+    for it, ascending."""
 
 
 class ClassCounters(NamedTuple):
@@ -74,9 +83,10 @@ def count_gather(
         number, n = requests[0].kind.number, found[0].accesses
         none = (0,) * num_classes
         per_class = (*none[:number], n, *none[number + 1 :])
-        return GatherStats(n, found[0].unique, n, 0, 0, 0, 0, 0.0, per_class, none)
+        return GatherStats(n, found[0].unique, n, 0, 0, 0, 0, 0.0, per_class, none, NOTHING_MISSED)
     accesses = [0] * num_classes
     misses = [0] * num_classes
+    missed_at: dict[str, npt.NDArray[np.integer]] = {}
     total = unique = missed_rows = ghosts = conflicts = nbytes = 0
     for request, one in zip(requests, found, strict=True):
         accesses[request.kind.number] += one.accesses
@@ -84,8 +94,9 @@ def count_gather(
         unique += one.unique
     if missed:
         became = iter(inserted)
-        for request, keys in zip(requests, missed, strict=True):
+        for request, one, keys in zip(requests, found, missed, strict=True):
             if keys.size:
+                missed_at[request.table.name] = one.missed_places()
                 result = next(became)
                 misses[request.kind.number] += keys.size
                 missed_rows += keys.size
@@ -103,6 +114,7 @@ def count_gather(
         link_ms=0.0,
         class_accesses=tuple(accesses),
         class_misses=tuple(misses),
+        missed_at=missed_at,
     )
 
 

@@ -46,6 +46,9 @@ class Found(Protocol):
         """Distinct missed keys, `[m] int64`, in order of first use. Waits for the device where
         there is one: call it without the lock."""
 
+    def missed_places(self) -> npt.NDArray[np.integer]:
+        """Of each missed key the place of an id that asked for it, `[m]`; after `missed`."""
+
     @property
     def unique(self) -> int:
         """Distinct rows; known after `missed`."""

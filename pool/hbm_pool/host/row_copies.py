@@ -86,8 +86,8 @@ def _copy_lines(target: int, source: int, nbytes: int) -> None:
         _copy_line(target + np.uintp(line), source + np.uintp(line))
 
 
-_SLOTS, _MISSED, _MISSED_AT, _MISSED_FROM, _SEEN, _MARKS, _PLACE = (
-    len(Tz._fields) + number for number in range(7)
+_SLOTS, _MISSED, _FIRST_AT, _MISSED_AT, _MISSED_FROM, _SEEN, _MARKS, _PLACE = (
+    len(Tz._fields) + number for number in range(8)
 )
 
 
@@ -101,6 +101,7 @@ class BatchView:
         self.most_ids = 1 << max(8, (most_ids - 1).bit_length())
         self.slots = np.empty(self.most_ids, np.int64)
         self.missed = np.empty(self.most_ids, np.int64)
+        self.first_at = np.empty(self.most_ids, np.int32)
         self.missed_at = np.empty(self.most_ids, np.int32)
         self.missed_from = np.empty(self.most_ids, np.int32)
         self._seen = np.empty(2 * self.most_ids, np.int32)
@@ -112,6 +113,7 @@ class BatchView:
                 *tz,
                 self.slots,
                 self.missed,
+                self.first_at,
                 self.missed_at,
                 self.missed_from,
                 self._seen,
@@ -139,7 +141,8 @@ def gather_batch(
 
     `view` is a `BatchView.table` for at least `size` ids, which are int64 at `ids_at`. Its `slots`
     become the slots, -1 for misses. With `out_at` 0 nothing is copied. Distinct missed keys come
-    in `missed[:m]`, and id `missed_at[i]` waits for the one in `missed_from[i]`, i < k.
+    in `missed[:m]`, in order of the first id that asks for each, `first_at[:m]`; and id
+    `missed_at[i]` waits for the one in `missed_from[i]`, i < k.
     -> (m, k, distinct hits).
     """
     tz = tz_of(view)
@@ -147,6 +150,7 @@ def gather_batch(
     arena, stride, nbytes = np.uintp(place[0]), place[1], place[2]
     slots = array_of(view, _SLOTS, np.int64)
     missed = array_of(view, _MISSED, np.int64)
+    first_at = array_of(view, _FIRST_AT, np.int32)
     missed_at = array_of(view, _MISSED_AT, np.int32)
     missed_from = array_of(view, _MISSED_FROM, np.int32)
     scratch = array_of(view, _SEEN, np.int32)
@@ -168,6 +172,7 @@ def gather_batch(
         slots,
         seen,
         missed,
+        first_at,
         missed_at,
         missed_from,
         marks,
@@ -187,6 +192,7 @@ def _gather(
     slots: Slots,
     seen: Places,
     missed: Slots,
+    first_at: Places,
     missed_at: Places,
     missed_from: Places,
     marks: Slots,
@@ -235,6 +241,7 @@ def _gather(
                 spot = (spot + 1) & mask
             if seen[spot] == 0:
                 missed[distinct] = key
+                first_at[distinct] = i
                 distinct += 1
                 seen[spot] = distinct
             missed_at[waiting] = i

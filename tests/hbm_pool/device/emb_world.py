@@ -121,9 +121,15 @@ class EmbWorld:
 
     def gather_and_check(self, ids: dict[str, torch.Tensor]) -> Any:
         out = self.buffers(ids)
+        resident = {name: set(self.cache.resident_ids(name).tolist()) for name in ids}
         stats = self.cache.gather(ids, out)
         for name, wanted in ids.items():
             assert torch.equal(out[name].cpu(), self.values[name][wanted]), name
+            missed_at = stats.missed_at.get(name, np.empty(0, np.int64))
+            assert (np.diff(missed_at) > 0).all()
+            missed = wanted[torch.from_numpy(missed_at.astype(np.int64))].tolist()
+            assert sorted(missed) == sorted(set(wanted.tolist()) - resident[name]), name
+        assert stats.misses == sum(places.size for places in stats.missed_at.values())
         assert stats.accesses == sum(len(wanted) for wanted in ids.values())
         assert stats.unique == sum(wanted.unique().numel() for wanted in ids.values())
         assert stats.hits + stats.misses == stats.accesses
