@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hbm_policy.adapter import RlsAdapter
 from hbm_policy.anchor import TwinAnchor
 from hbm_policy.config import (
     AdapterConfig,
@@ -17,7 +18,7 @@ from hbm_policy.config import (
     ResidualConfig,
     ShieldConfig,
 )
-from hbm_policy.costs import CostConstants, CostSource, DeclaredCosts
+from hbm_policy.costs import CostConstants, CostSource, DeclaredCosts, PriceState
 from hbm_policy.decide import Policy, decide, is_hold
 from hbm_policy.gate import BurstGate, Phase
 from hbm_policy.intake import Intake, read_curve
@@ -58,10 +59,12 @@ __all__ = [
     "Policy",
     "PolicyConfig",
     "PolicyState",
+    "PriceState",
     "Reading",
     "Reason",
     "Residual",
     "ResidualConfig",
+    "RlsAdapter",
     "Shield",
     "ShieldConfig",
     "SteadyGate",

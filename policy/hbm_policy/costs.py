@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -24,17 +25,42 @@ class CostConstants(NamedTuple):
     row_ms: tuple[float, ...]  # by width class
 
 
+class PriceState(IntEnum):
+    """Where the prices of a curve come from."""
+
+    DECLARED = 0
+    """As the server declares them."""
+    LEARNED = 1
+    """From measured batches."""
+    HELD = 2
+    """As learned so far; the burst gate is open."""
+
+
 class CostSource(Protocol):
     """Says what the twin should price with; an adapter that learns the constants is another one."""
 
-    def constants(self, telemetry: npt.NDArray[np.void]) -> CostConstants | None:
-        """From one record of dtype TELEMETRY. None: nothing usable yet, keep the last ones."""
+    state: PriceState
+    batches: int
+    """Measured batches behind the prices."""
+
+    def constants(
+        self, telemetry: npt.NDArray[np.void], learn: bool = True
+    ) -> CostConstants | None:
+        """From one record of dtype TELEMETRY. None: nothing usable yet, keep the last ones.
+
+        `learn` False: what this record measured teaches nothing.
+        """
 
 
 class DeclaredCosts:
     """The constants that the server measures and declares itself."""
 
-    def constants(self, telemetry: npt.NDArray[np.void]) -> CostConstants | None:
+    state = PriceState.DECLARED
+    batches = 0
+
+    def constants(
+        self, telemetry: npt.NDArray[np.void], learn: bool = True
+    ) -> CostConstants | None:
         """None when one of them is negative or not finite, or all are 0 (not yet measured)."""
         row_ms = tuple(float(value) for value in telemetry["cost_row_ms"])
         costs = CostConstants(

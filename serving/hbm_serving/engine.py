@@ -369,6 +369,8 @@ _COUNTED = (
     "gather_ms",
     "compute_ms",
     "service_ms",
+    "timed_accesses",
+    "timed_misses",
 )
 """Telemetry fields that `Counters` holds under the same name."""
 

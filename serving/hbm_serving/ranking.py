@@ -297,5 +297,7 @@ class RankStages:
         counters.context_tokens += batch.context_tokens
         counters.gather_ms += work.gather_ms
         counters.compute_ms += compute_ms
+        counters.timed_accesses += work.found.accesses
+        counters.timed_misses[: len(work.found.class_misses)] += work.found.class_misses
         counters.service_ms += service_ms
         counters.request_ms += _MOVING * (service_ms / requests - counters.request_ms)

@@ -24,6 +24,7 @@ from hbm_pool.contracts.history import table_rows
 from hbm_pool.contracts.identity import mix64_array, row_keys, sampled
 from hbm_pool.contracts.records import (
     COMMAND,
+    MAX_CLASSES,
     RequestSample,
     ResidencySnapshot,
     ServerInfo,
@@ -79,6 +80,9 @@ class Counters:
         self.gather_ms = 0.0
         self.compute_ms = 0.0
         self.service_ms = 0.0
+        self.timed_accesses = 0
+        self.timed_misses = np.zeros(MAX_CLASSES, np.int64)
+        """Rows looked up and missed by the batches behind `gather_ms`, the latter by class."""
         self.queue_ms = 0.0
         """Moving average of what a request waits."""
         self.request_ms = 0.0

@@ -93,6 +93,9 @@ TELEMETRY: Final = np.dtype(
         ("gather_ms", "<f8"),
         ("compute_ms", "<f8"),
         ("service_ms", "<f8"),  # as the cost model combines them, measured
+        # Of the very batches behind these times; the sums above run ahead by what is in flight.
+        ("timed_accesses", "<u8"),
+        ("timed_misses", "<u8", (MAX_CLASSES,)),
         # Link host -> device.
         ("foreground_bytes", "<u8"),
         ("refill_bytes", "<u8"),

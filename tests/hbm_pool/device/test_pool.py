@@ -133,7 +133,7 @@ def test_stats_fill_a_telemetry_record(pool: Pool) -> None:
             "cost_token_context_ms",
             "cost_row_ms",
         ),
-        *("residency_sequence", "requests_lost"),
+        *("residency_sequence", "requests_lost", "timed_accesses", "timed_misses"),
     }
     assert set(TELEMETRY.names or ()) - set(stats._fields) == owned_by_server
 
