@@ -10,6 +10,7 @@ from hbm_e2e.errors import HarnessError
 
 _FROM = re.compile(r"^FROM\s+(?:--\S+\s+)*(?P<base>\S+)(?:\s+AS\s+(?P<name>\S+))?\s*$", re.I)
 _COPY = re.compile(r"^(?:COPY|ADD|RUN)\b.*?--(?:from=|mount=\S*?from=)(?P<stage>[^\s,]+)", re.I)
+_FROM_CONTEXT = re.compile(r"^(?:COPY|ADD)\s+(?!--from=)(?P<words>.+)$", re.I | re.M)
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,15 @@ def only(dockerfile: str, target: str) -> str:
             wanted.add(name)
             open_ends += by_name[name].needs
     return head + "".join(stage.text for stage in stages if stage.name in wanted)
+
+
+def sources(dockerfile: str) -> list[str]:
+    """Files and folders that a Dockerfile copies out of its context, sorted, each once."""
+    found: set[str] = set()
+    for copy in _FROM_CONTEXT.finditer(dockerfile):
+        *copied, _ = (word for word in copy["words"].split() if not word.startswith("--"))
+        found.update(copied)
+    return sorted(found)
 
 
 def _split(dockerfile: str) -> tuple[str, list[Stage]]:

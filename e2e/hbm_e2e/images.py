@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import ssl
@@ -77,7 +78,17 @@ class ImageStore:
         target: str | None = None,
         arguments: Mapping[str, str] | None = None,
     ) -> Image:
-        """Build a target of a Dockerfile under `name` (`docker.io/…:tag`); layers are cached."""
+        """Build a target of a Dockerfile under `name` (`docker.io/…:tag`).
+
+        Nothing is done while what goes in is what went in the last time; else layers are cached.
+        """
+        text = dockerfile.read_text()
+        if target:
+            text = stages.only(text, target)
+        inputs = _digest(text, context, arguments or {})
+        known = self._known(name, inputs)
+        if known is not None:
+            return known
         pip_cache = self._folder / "pip"
         pip_cache.mkdir(parents=True, exist_ok=True)
         all_arguments = {
@@ -91,8 +102,7 @@ class ImageStore:
             tempfile.NamedTemporaryFile("r") as image_id,
             tempfile.NamedTemporaryFile("w") as pruned,
         ):
-            text = dockerfile.read_text()
-            pruned.write(stages.only(text, target) if target else text)
+            pruned.write(text)
             pruned.flush()
             self._tidy()
             self._import_base()
@@ -109,6 +119,7 @@ class ImageStore:
             content = built.removeprefix("sha256:")[:16]
             image = Image(name, content, self._archive(name, content))
             self._push(built, image)
+            self._stamp(name).write_text(json.dumps({"inputs": inputs, "id": content}))
             return image
 
     def build_project(self, *targets: str) -> list[Image]:
@@ -118,6 +129,11 @@ class ImageStore:
             self.build(dockerfile, PROJECT, image_name(target), target=target)
             for target in targets or TARGETS
         ]
+
+    def build_python(self) -> Image:
+        """Debian with Python and nothing else: pods of tests, and of the model server."""
+        folder = PACKAGE_ROOT / "python"
+        return self.build(folder / "Dockerfile", folder, image_name("python"))
 
     def build_program(self, program: Path, name: str) -> Image:
         """An image of nothing but one static program, which is its entry point."""
@@ -166,8 +182,21 @@ class ImageStore:
             self._run("commit", "--rm", container, BASE)
 
     def _archive(self, name: str, content: str) -> Path:
-        label = hashlib.sha256(name.encode()).hexdigest()[:8]
-        return self._folder / "archives" / f"{label}-{content}.tar"
+        return self._folder / "archives" / f"{_label(name)}-{content}.tar"
+
+    def _stamp(self, name: str) -> Path:
+        """What went into the archive that lies there, and what came out."""
+        return self._folder / "archives" / f"{_label(name)}.json"
+
+    def _known(self, name: str, inputs: str) -> Image | None:
+        try:
+            stamp = json.loads(self._stamp(name).read_text())
+        except (OSError, ValueError):
+            return None
+        archive = self._archive(name, stamp["id"])
+        if stamp["inputs"] != inputs or not archive.exists():
+            return None
+        return Image(name, stamp["id"], archive)
 
     def _push(self, source: str, image: Image) -> None:
         """Write the archive of an image, in the place of the one its name had before."""
@@ -204,6 +233,24 @@ def cluster_images(store: ImageStore, toolchain: Toolchain) -> list[Image]:
         store.build_program(toolchain.path("pause"), PAUSE),
         store.build_program(toolchain.path("coredns"), COREDNS),
     ]
+
+
+def _label(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
+def _digest(dockerfile: str, context: Path, arguments: Mapping[str, str]) -> str:
+    """Of all that a build reads from here: the stages, and what they copy out of the context."""
+    state = hashlib.sha256(json.dumps([dockerfile, sorted(arguments.items())]).encode())
+    for source in stages.sources(dockerfile):
+        place = context / source
+        files = [place] if place.is_file() else sorted(place.rglob("*"))
+        for file in files:
+            if file.is_file() and "__pycache__" not in file.parts:
+                executable = os.access(file, os.X_OK)
+                state.update(f"{file.relative_to(context)}\0{executable}\0".encode())
+                state.update(hashlib.sha256(file.read_bytes()).digest())
+    return state.hexdigest()
 
 
 def _ca_bundle() -> str:

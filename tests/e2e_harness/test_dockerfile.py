@@ -40,5 +40,26 @@ def test_the_projects_targets_do_not_build_the_server(target: str) -> None:
     text = (PROJECT / "images" / "Dockerfile").read_text()
     pruned = dockerfile.only(text, target)
     assert f" AS {target}\n" in pruned
-    assert "server-build" in text
-    assert "server-build" not in pruned
+    assert "server-dependencies" in text
+    assert "server-dependencies" not in pruned
+
+
+def test_what_a_dockerfile_copies_out_of_its_context_is_known() -> None:
+    text = "FROM a AS b\nCOPY two one ./\nCOPY --chown=1 three/ /\nCOPY --from=b /x /y\nADD one /\n"
+    assert dockerfile.sources(text) == ["one", "three/", "two"]
+
+
+def test_an_edit_of_one_room_builds_only_the_images_that_hold_it() -> None:
+    text = (PROJECT / "images" / "Dockerfile").read_text()
+    holding = {
+        room: {t for t in TARGETS if room in dockerfile.sources(dockerfile.only(text, t))}
+        for room in ("operator", "router", "sidecar", "policy", "serving", "README.md")
+    }
+    assert holding == {
+        "operator": {"operator"},
+        "router": {"router"},
+        "sidecar": {"sidecar"},
+        "policy": {"sidecar"},
+        "serving": set(),
+        "README.md": set(),
+    }
