@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hbm_dashboards.data import Series, asked, filled, panels
+from hbm_dashboards.picture import draw, shown
 from hbm_dashboards.render import DASHBOARDS, as_json
+from matplotlib.image import imread
 
 from tests.chart.metric_names import asked_for, documented
 from tests.chart.rendered import CHART
@@ -22,13 +24,6 @@ MAX_BYTES = 200_000
 def load(name: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
     return content
-
-
-def panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for panel in dashboard["panels"]:
-        if panel["type"] != "row":
-            yield panel
-        yield from panel.get("panels", [])
 
 
 @pytest.fixture(params=DASHBOARDS)
@@ -140,3 +135,38 @@ def test_prometheus_can_read_every_query(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(rules)} rules found" in done.stdout
+
+
+def test_every_panel_can_be_asked_and_drawn(dashboard: dict[str, Any], tmp_path: Path) -> None:
+    chosen = {"namespace": "models", "pod": "rank-0", "route": "rank"}
+    labels = {"namespace": "models", "pod": "rank-0", "reason": "none"}
+    line = Series.of({"metric": labels, "values": [[0, "0.2"], [60, "NaN"], [120, "0.4"]]})
+    assert line.points == [(0.0, 0.2), (120.0, 0.4)]
+    answers = [[(one, [line]) for one in asked(panel, chosen)] for panel in panels(dashboard)]
+    assert all("$" not in one.expression for panel in answers for one, _ in panel)
+    draw(dashboard, answers, tmp_path / "filled.png")
+    draw(dashboard, [[(one, []) for one, _ in panel] for panel in answers], tmp_path / "empty.png")
+    drawn, blank = (imread(tmp_path / f"{name}.png") for name in ("filled", "empty"))
+    assert drawn.shape == blank.shape
+    assert (drawn != blank).any(axis=-1).mean() > 0.005
+
+
+def test_a_variable_without_a_value_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\$pod"):
+        filled('up{pod="$pod"}', {"namespace": "models"})
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.123456, "percentunit", "12.3 %"),
+        (0.00042, "s", "420 µs"),
+        (0.25, "s", "250 ms"),
+        (864_000, "s", "10 d"),
+        (2_500_000, "Bps", "2.5 MB/s"),
+        (16.04, "reqps", "16 /s"),
+        (3, "short", "3"),
+    ],
+)
+def test_values_are_shown_as_people_read_them(value: float, unit: str, text: str) -> None:
+    assert shown(value, unit) == text
