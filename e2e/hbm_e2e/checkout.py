@@ -43,13 +43,32 @@ class Checkout:
         text = (self.folder / "docs" / "examples" / "server.yaml").read_text()
         return list(yaml.safe_load_all(text))
 
+    def servers(self, *, name: str = "rank", replicas: int = 1, **pod: Any) -> list[dict[str, Any]]:
+        """The same two objects under another name and size; `pod` overrides fields of the pod's
+        `securityContext`."""
+        deployment, service = self.model_server
+        for one in (deployment, service):
+            one["metadata"]["name"] = name
+        labels = {"app": name}
+        deployment["spec"]["replicas"] = replicas
+        deployment["spec"]["selector"]["matchLabels"] = labels
+        template = deployment["spec"]["template"]
+        template["metadata"]["labels"].update(labels)
+        template["spec"]["securityContext"].update(pod)
+        service["spec"]["selector"] = labels
+        return [deployment, service]
+
     def runnable(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """A Deployment of the reference server, as it can run on this cluster."""
         if manifest["kind"] != "Deployment":
             return manifest
         template = manifest["spec"]["template"]
         (container,) = template["spec"]["containers"]
-        if not isinstance(self._cluster, Cluster):
+        if isinstance(self._cluster, Cluster):
+            # Taken out of what `offer_gpus` offers: a pod's GPU is counted, and nothing else.
+            for kind in ("requests", "limits"):
+                container["resources"][kind]["nvidia.com/gpu"] = "1"
+        if not self._cluster.sees_this_disk:
             container["image"] = self._cluster.image("server")
             return manifest
         container["image"] = self._cluster.image("python")

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from hbm_e2e.errors import HarnessError
-from hbm_e2e.toolchain import PROGRAMS, Toolchain
+from hbm_e2e.images import TARGETS
+from hbm_e2e.toolchain import PROGRAMS, Toolchain, find_go
 
 
 def main() -> None:
@@ -21,6 +22,42 @@ def main() -> None:
 
 def _build(arguments: argparse.Namespace) -> None:
     Toolchain().build(arguments.programs or PROGRAMS, say=_say)
+
+
+def _check(_: argparse.Namespace) -> None:
+    from hbm_e2e.requirements import probe
+
+    probe()
+    toolchain = Toolchain()
+    if toolchain.missing():
+        find_go()
+    _say("this machine can hold a cluster")
+
+
+def _prepare(_: argparse.Namespace) -> None:
+    """In the order of need: tests without nodes wait for the first programs."""
+    import time
+
+    from hbm_e2e.cluster import Cluster
+    from hbm_e2e.images import cluster_images
+    from hbm_e2e.requirements import require
+
+    began = time.monotonic()
+
+    def done(what: str) -> None:
+        _say(f"{time.monotonic() - began:6.0f} s  {what}")
+
+    require(_say)
+    cluster = Cluster(say=_say)
+    toolchain = Toolchain()
+    toolchain.build(say=_say)
+    done("programs")
+    cluster_images(cluster.images, toolchain)
+    cluster.images.build_python()
+    done("images of the cluster")
+    for target in TARGETS:
+        cluster.images.build_project(target)
+        done(f"image {target}")
 
 
 def _api_server(arguments: argparse.Namespace) -> None:
@@ -97,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     build.set_defaults(run=_build)
 
     for name, action, what in (
+        ("check", _check, "say whether this machine can hold a cluster; ends with 2 if not"),
+        (
+            "prepare",
+            _prepare,
+            "programs and images that the tests need, beside other work",
+        ),
         ("up", _up, "start three nodes, unless they run"),
         ("down", _down, "stop them; what was built and loaded stays"),
         ("status", _status, "show the nodes; ends with 2 when the cluster is not up"),

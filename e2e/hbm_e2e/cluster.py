@@ -39,6 +39,11 @@ class AnyCluster(Protocol):
     def kubectl(self) -> Kubectl: ...
     @property
     def helm(self) -> Helm: ...
+    @property
+    def sees_this_disk(self) -> bool:
+        """Whether its nodes have this machine's folders, for pods to mount."""
+        ...
+
     def image(self, name: str) -> str:
         """The name under which pods find the image of a target such as `operator`."""
         ...
@@ -55,6 +60,7 @@ class ExistingCluster:
                 f"CLUSTER=existing needs KUBECONFIG to name one file (it is {named!r})"
             )
         self.kubeconfig = Path(named).absolute()
+        self.sees_this_disk = os.environ.get("HBM_E2E_SERVER") == "environment"
 
     @cached_property
     def kubectl(self) -> Kubectl:
@@ -77,6 +83,8 @@ class Cluster:
     process of the machine may hold a `Cluster` of the same name: the state is on disk.
     """
 
+    sees_this_disk = True
+
     def __init__(
         self,
         name: str = "",
@@ -89,6 +97,7 @@ class Cluster:
         self._toolchain = toolchain or Toolchain()
         self._say = say
         self.network = Network(self.name, NODES)
+        self._gpus_per_node = 0
 
     @cached_property
     def control_plane(self) -> ControlPlane:
@@ -230,6 +239,8 @@ class Cluster:
             node.start_containerd()
             node.join()
         self.wait_nodes_ready()
+        if self._gpus_per_node:
+            self.offer_gpus(self._gpus_per_node)
 
     def load(self, images: Iterable[Image]) -> None:
         """Import images into every node that lacks them."""
@@ -256,7 +267,9 @@ class Cluster:
         }
 
     def offer_gpus(self, per_node: int) -> None:
-        """`nvidia.com/gpu` on every node; again after a kubelet's start, which resets it."""
+        """`nvidia.com/gpu` on every node. A kubelet that starts takes them back; `repair` offers
+        as many again."""
+        self._gpus_per_node = per_node
         for node in self.nodes:
             patch = "".join(
                 f'{{"op":"add","path":"/status/{kind}/nvidia.com~1gpu","value":"{per_node}"}},'

@@ -85,7 +85,7 @@ class ImageStore:
         text = dockerfile.read_text()
         if target:
             text = stages.only(text, target)
-        inputs = _digest(text, context, arguments or {})
+        inputs = inputs_digest(text, context, arguments or {})
         known = self._known(name, inputs)
         if known is not None:
             return known
@@ -239,7 +239,7 @@ def _label(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
-def _digest(dockerfile: str, context: Path, arguments: Mapping[str, str]) -> str:
+def inputs_digest(dockerfile: str, context: Path, arguments: Mapping[str, str]) -> str:
     """Of all that a build reads from here: the stages, and what they copy out of the context."""
     state = hashlib.sha256(json.dumps([dockerfile, sorted(arguments.items())]).encode())
     for source in stages.sources(dockerfile):

@@ -1,7 +1,9 @@
 """The chart on a cluster, model servers below it, and what both say of themselves."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ REQUEST = "docs/examples/request.json"
 class Models:
     """A namespace with the Deployment `rank` of `docs/examples/server.yaml`."""
 
-    def __init__(self, cluster: AnyCluster, namespace: str = MODELS) -> None:
+    def __init__(self, cluster: AnyCluster, namespace: str = MODELS, router: str = ROUTER) -> None:
         self.namespace = namespace
+        self.router = router
+        """Service of the route to them."""
         self.kubectl: Kubectl = cluster.kubectl.within(namespace)
 
     def partitions(self) -> dict[str, Any]:
@@ -54,6 +58,13 @@ class Models:
             for found in partitions.values()
         )
 
+    def as_expected(self) -> bool:
+        """Whether no partition is Degraded."""
+        return all(
+            condition(found, "Degraded") == ("False", "AsExpected")
+            for found in self.partitions().values()
+        )
+
     def wait_followed(self, timeout_s: float = 120) -> None:
         wait_for(
             self.followed,
@@ -63,9 +74,15 @@ class Models:
             because=lambda: self.kubectl("get", "hbmp,pods"),
         )
 
+    def edit_policy(self) -> None:
+        """A new generation, which every partition must follow."""
+        slo = 20 + self.policy()["metadata"]["generation"]
+        patch = f'{{"spec": {{"slo": {{"latencyMs": {slo}}}}}}}'
+        self.kubectl("patch", "hbmpol", "rank", "--type", "merge", "-p", patch)
+
     def routers(self) -> dict[str, Any]:
         """Ready pods of the route by name."""
-        pods = self.kubectl.items("pods", "-l", "hbm-partition.io/route=rank")
+        pods = self.kubectl.items("pods", "-l", "hbm-partition.io/route")
         return {name(pod): pod for pod in pods if is_ready(pod)}
 
     def sidecar_metrics(self, pod: str) -> dict[str, float]:
@@ -94,7 +111,7 @@ class Models:
     @contextmanager
     def under_load(self, client: Client, scenario: Path) -> Iterator[Sent]:
         """Requests through the router meanwhile; all servers have answered before the block."""
-        with client.sending(self.kubectl, ROUTER, scenario) as sent:
+        with client.sending(self.kubectl, self.router, scenario) as sent:
             wait_for(
                 lambda: len(sent.nodes()) >= len(self.servers()),
                 60,
@@ -104,10 +121,51 @@ class Models:
             yield sent
 
 
+def install(
+    cluster: AnyCluster, chart: Path, *words: str, release: str = RELEASE, namespace: str = SYSTEM
+) -> None:
+    """The chart, small as on the page; until its webhook is asked."""
+    cluster.helm(
+        *("install", release, str(chart), "--namespace", namespace, "--create-namespace"),
+        *("-f", str(chart / "values-cpu.yaml"), *words, "--timeout", "5m"),
+    )
+    prefix = release if "hbm" in release else f"{release}-hbm"
+    cluster.kubectl.within(namespace).wait_ready(f"deployment/{prefix}-webhook", 300)
+
+
+def in_order(
+    cluster: AnyCluster, *all_models: Models, release: str = RELEASE, namespace: str = SYSTEM
+) -> None:
+    """All deployments available, all pods injected, partitions Ready, digests on their way."""
+    prefix = release if "hbm" in release else f"{release}-hbm"
+    for deployment in ("controller", "redis", "webhook"):
+        cluster.kubectl.within(namespace).wait_ready(f"deployment/{prefix}-{deployment}", 300)
+    for models in all_models:
+        for deployment in models.kubectl.items("deployments"):
+            models.kubectl.wait_ready(f"deployment/{name(deployment)}", 300)
+        models.wait_followed(180)
+        wait_for(
+            models.as_expected,
+            120,
+            "no partition to be Degraded",
+            every_s=1,
+            because=partial(models.kubectl, "describe", "hbmp"),
+        )
+        wait_for(models.digests_arrive, 60, "digests to travel from sidecars to routers", every_s=1)
+
+
 def remove_everything(cluster: AnyCluster, *namespaces: str, wait: bool = True) -> None:
-    """The release, the definitions with all objects, and namespaces (waited for, unless told)."""
+    """All releases, the definitions with all objects, and namespaces (waited for, unless told)."""
     try:
-        cluster.helm("uninstall", RELEASE, "--namespace", SYSTEM, "--ignore-not-found", "--wait")
+        releases = {
+            (found["name"], found["namespace"])
+            for found in json.loads(cluster.helm("list", "--all-namespaces", "-o", "json"))
+            if found["chart"].startswith("hbm-partition-")
+        }
+        for release, namespace in releases | {(RELEASE, SYSTEM)}:
+            cluster.helm(
+                *("uninstall", release, "--namespace", namespace, "--ignore-not-found", "--wait")
+            )
     except HarnessError as error:
         raise HarnessError(f"cannot remove an earlier installation: {error}") from error
     kubectl = cluster.kubectl

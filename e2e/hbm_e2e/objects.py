@@ -37,3 +37,16 @@ def containers(pod: Object) -> list[Any]:
         *(one for one in status.get("initContainerStatuses", ()) if one["name"] in staying),
         *status.get("containerStatuses", ()),
     ]
+
+
+def restarts(pod: Object, container: str) -> int:
+    """How often a container of a pod was started again."""
+    (count,) = (one["restartCount"] for one in containers(pod) if one["name"] == container)
+    return int(count)
+
+
+def ready_since(pod: Object) -> str:
+    """When the pod's readiness last changed; raises `AssertionError` for one that is not Ready."""
+    (ready,) = (one for one in pod["status"]["conditions"] if one["type"] == "Ready")
+    assert ready["status"] == "True", pod["status"]
+    return str(ready["lastTransitionTime"])

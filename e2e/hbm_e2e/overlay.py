@@ -30,7 +30,7 @@ def with_environment(pod_spec: dict[str, Any], container: str) -> dict[str, Any]
     mounts = {
         PACKAGES: sysconfig.get_path("platlib"),
         SOURCES: os.fspath(PROJECT),
-        KERNELS: os.fspath(_kernels()),
+        KERNELS: os.fspath(_kernels(spec.get("securityContext", {}).get("runAsUser", 0))),
     }
     volumes = spec.setdefault("volumes", [])
     for number, source in enumerate(mounts.values()):
@@ -64,13 +64,14 @@ def _rooms() -> list[str]:
     return rooms
 
 
-def _kernels() -> Path:
+def _kernels(user: int) -> Path:
     """What the first pod compiles for all others: one folder per state of the sources, as numba
-    does not notice a changed kernel that another file has compiled in."""
+    does not notice a changed kernel that another file has compiled in, and per user, as numba
+    refuses folders that it cannot write."""
     state = hashlib.sha256()
     for source in sorted((PROJECT / "pool" / "hbm_pool").rglob("*.py")):
         state.update(source.read_bytes())
-    folder = cache_dir() / "kernels" / state.hexdigest()[:16]
+    folder = cache_dir() / "kernels" / state.hexdigest()[:16] / str(user)
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o1777)  # pods run as users of their own
     return folder

@@ -1,11 +1,15 @@
 """Debian's Prometheus beside the control plane, told its targets through files."""
 
 import json
+import re
 import shutil
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,27 @@ from hbm_e2e.node import KUBELET_PORT, PROXY_METRICS_PORT
 from hbm_e2e.waiting import wait_for
 
 PORT = 9090
+POD_LABEL = "__meta_kubernetes_pod_label_"
 
 # The machine's HTTP proxy, if it has one, knows nothing of a loopback port.
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass(frozen=True)
+class Job:
+    """Pods that are scraped alike, as one endpoint of a PodMonitor says it."""
+
+    name: str
+    port: str
+    """Name of the container port that serves `/metrics`."""
+    selector: str
+    """Of labels, as kubectl takes it."""
+    namespaces: tuple[str, ...] = ()
+    """Empty: all."""
+    honour_labels: bool = False
+    """Series keep labels of their own that are also those of their pod."""
+    from_pod_labels: Mapping[str, str] = field(default_factory=dict)
+    """Label of the series to label of the pod."""
 
 
 class Prometheus:
@@ -34,7 +56,7 @@ class Prometheus:
         self._targets = self._folder / "targets"
         self._rules = [str(rule) for rule in rules]
         self._interval = interval
-        self._jobs: dict[str, tuple[str, str, str]] = {}
+        self._jobs: list[Job] = []
         self.daemon = Daemon(
             "prometheus",
             [
@@ -53,7 +75,8 @@ class Prometheus:
         """From an empty store."""
         self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._targets.mkdir(parents=True)
+        for honour in (False, True):
+            self._folder_of(honour).mkdir(parents=True)
         (self._folder / "prometheus.json").write_text(json.dumps(self._configuration()))
         self.daemon.start(enter=self._cluster.network.control.enter)
         door = self._cluster.door(self._cluster.network.control.address, PORT)
@@ -63,19 +86,47 @@ class Prometheus:
     def stop(self) -> None:
         self.daemon.stop()
 
-    def follow(self, job: str, *, namespace: str, selector: str, port: str) -> None:
-        """Scrape `/metrics` at the named container port of all pods that match, from `refresh`."""
-        self._jobs[job] = (namespace, selector, port)
+    def follow(self, *jobs: Job) -> None:
+        """Scrape these from now on, at the pods that there are at each `refresh`."""
+        self._jobs += jobs
         self.refresh()
 
     def refresh(self) -> None:
         """Write the addresses of the pods that exist now; Prometheus reads them by itself."""
-        for job, (namespace, selector, port) in self._jobs.items():
-            pods = self._cluster.kubectl.items("pods", "--namespace", namespace, "-l", selector)
-            targets = [target for pod in pods for target in _targets(job, pod, port)]
-            unfinished = self._targets / f"{job}.unfinished"
+        for job in self._jobs:
+            kubectl, words = self._cluster.kubectl, ("-l", job.selector)
+            pods = [
+                pod
+                for namespace in job.namespaces or ("",)
+                for pod in kubectl.items(
+                    "pods", *(("-n", namespace) if namespace else ("-A",)), *words
+                )
+            ]
+            targets = [target for pod in pods for target in _targets(job, pod)]
+            folder = self._folder_of(job.honour_labels)
+            unfinished = folder / f"{job.name}.unfinished"
             unfinished.write_text(json.dumps(targets))
-            unfinished.rename(self._targets / f"{job}.json")
+            unfinished.rename(folder / f"{job.name}.json")
+
+    @contextmanager
+    def keeping_up(self, every_s: float = 2) -> Iterator[None]:
+        """Refresh again and again meanwhile: pods come and go."""
+        over = threading.Event()
+
+        def run() -> None:
+            while not over.wait(every_s):
+                try:
+                    self.refresh()
+                except HarnessError:
+                    continue  # no API server just now
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """The result of an instant query: a vector's samples or a scalar's; errors are raised."""
@@ -123,6 +174,9 @@ class Prometheus:
         except OSError:
             return False
 
+    def _folder_of(self, honour_labels: bool) -> Path:
+        return self._targets / ("honouring" if honour_labels else "plain")
+
     def _configuration(self) -> Mapping[str, Any]:
         pki = self._cluster.control_plane.pki
         admin = pki.issue("admin", "/O=system:masters/CN=admin")
@@ -135,10 +189,14 @@ class Prometheus:
             },
             "rule_files": self._rules,
             "scrape_configs": [
-                {
-                    "job_name": "pods",
-                    "file_sd_configs": [{"files": [str(self._targets / "*.json")]}],
-                },
+                *(
+                    {
+                        "job_name": f"pods-{honour}",
+                        "honor_labels": honour,
+                        "file_sd_configs": [{"files": [str(self._folder_of(honour) / "*.json")]}],
+                    }
+                    for honour in (False, True)
+                ),
                 {
                     "job_name": "kube-proxy",
                     "static_configs": [
@@ -162,24 +220,55 @@ class Prometheus:
         }
 
 
-def _targets(job: str, pod: Mapping[str, Any], port_name: str) -> list[dict[str, Any]]:
+def jobs_of(monitors: Iterable[Mapping[str, Any]]) -> list[Job]:
+    """What PodMonitors ask for: one job per endpoint of each."""
+    jobs = []
+    for monitor in monitors:
+        spec, metadata = monitor["spec"], monitor["metadata"]
+        chosen = spec["selector"]
+        labels = [f"{key}={value}" for key, value in chosen.get("matchLabels", {}).items()]
+        for rule in chosen.get("matchExpressions", ()):
+            assert rule["operator"] == "In", rule
+            labels.append(f"{rule['key']} in ({','.join(rule['values'])})")
+        where = spec.get("namespaceSelector", {"matchNames": [metadata["namespace"]]})
+        for number, endpoint in enumerate(spec["podMetricsEndpoints"]):
+            jobs.append(
+                Job(
+                    f"{metadata['name']}-{number}",
+                    endpoint["port"],
+                    ",".join(labels),
+                    () if where.get("any") else tuple(where["matchNames"]),
+                    endpoint.get("honorLabels", False),
+                    {
+                        rule["targetLabel"]: rule["sourceLabels"][0].removeprefix(POD_LABEL)
+                        for rule in endpoint.get("relabelings", ())
+                    },
+                )
+            )
+    return jobs
+
+
+def _targets(job: Job, pod: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A pod's scrape targets with the labels that the Prometheus operator attaches."""
     address = pod["status"].get("podIP")
     if not address or pod["status"]["phase"] != "Running":
         return []
-    spec = pod["spec"]
+    spec, metadata = pod["spec"], pod["metadata"]
+    # Discovery knows labels by names in which all but letters and digits is an underscore.
+    labels = {re.sub(r"\W", "_", key): value for key, value in metadata.get("labels", {}).items()}
     return [
         {
             "targets": [f"{address}:{port['containerPort']}"],
             "labels": {
-                "job": job,
-                "namespace": pod["metadata"]["namespace"],
-                "pod": pod["metadata"]["name"],
+                "job": job.name,
+                "namespace": metadata["namespace"],
+                "pod": metadata["name"],
                 "container": container["name"],
-                "endpoint": port_name,
+                "endpoint": job.port,
+                **{name: labels.get(key, "") for name, key in job.from_pod_labels.items()},
             },
         }
         for container in (*spec.get("initContainers", ()), *spec["containers"])
         for port in container.get("ports", ())
-        if port.get("name") == port_name
+        if port.get("name") == job.port
     ]

@@ -32,17 +32,10 @@ MEMORY_BYTES = 6 << 30
 
 
 def require(say: Callable[[str], None] = print) -> None:
-    """Root, Debian's packages (installed here if that is possible), disk, memory; else raises."""
-    if os.geteuid() != 0:
-        raise HarnessError(
-            "a cluster of its own needs root (namespaces, cgroups, mounts): run as root, or "
-            "against a cluster you have (CLUSTER=existing KUBECONFIG=...)"
-        )
-    require_hierarchies()
+    """`probe`, and Debian packages that are missing are installed; else raises."""
+    probe()
     missing = missing_packages()
     if missing:
-        if not Path("/etc/debian_version").exists() or not shutil.which("apt-get"):
-            raise HarnessError(f"install these programs: {' '.join(missing)} (names of Debian)")
         say(f"installing Debian packages: {' '.join(missing)}")
         quiet = {"DEBIAN_FRONTEND": "noninteractive"}
         run(["apt-get", "update", "-q"], timeout_s=600, environ=quiet)
@@ -51,6 +44,24 @@ def require(say: Callable[[str], None] = print) -> None:
             timeout_s=1200,
             environ=quiet,
         )
+
+
+def probe() -> None:
+    """Whether this machine could hold a cluster: root, namespaces, cgroups, Debian or its programs,
+    disk, memory. Changes nothing; raises `HarnessError` with one line."""
+    if os.geteuid() != 0:
+        raise HarnessError(
+            "a cluster of its own needs root (namespaces, cgroups, mounts): run as root, or "
+            "against a cluster you have (CLUSTER=existing KUBECONFIG=...)"
+        )
+    require_hierarchies()
+    try:
+        run(["unshare", "--mount", "--pid", "--net", "--fork", "true"], timeout_s=20)
+    except (HarnessError, OSError) as error:
+        raise HarnessError(f"namespaces cannot be made here: {error}") from error
+    missing = missing_packages()
+    if missing and not (Path("/etc/debian_version").exists() and shutil.which("apt-get")):
+        raise HarnessError(f"install these programs: {' '.join(missing)} (names of Debian)")
     _require_room()
 
 

@@ -116,7 +116,7 @@ class Toolchain:
             _module_of(program)
         if not self.missing(wanted):
             return
-        go = _go()
+        go = find_go()
         with ThreadPoolExecutor(max_workers=2) as pool:
             builds = [
                 pool.submit(self._build_module, go, module, wanted, say) for module in MODULES
@@ -162,7 +162,8 @@ def _module_of(program: str) -> GoModule:
     raise HarnessError(f"no such program: {program} (known: {', '.join(PROGRAMS)})")
 
 
-def _go() -> str:
+def find_go() -> str:
+    """Path of the go command; raises `HarnessError` where there is none that is new enough."""
     go = shutil.which("go") or shutil.which("go", path="/usr/local/go/bin")
     if go is None:
         raise HarnessError("needs Go 1.21 or newer to build the cluster's programs: install Go")

@@ -12,7 +12,7 @@ from hbm_e2e.cluster import AnyCluster, Cluster
 from hbm_e2e.kubectl import CommandFailed, Kubectl
 from hbm_e2e.overlay import with_environment
 from hbm_e2e.pki import Pki
-from hbm_e2e.prometheus import Prometheus
+from hbm_e2e.prometheus import Job, Prometheus
 from hbm_e2e.waiting import wait_for
 
 DATA = Path(__file__).parent / "data"
@@ -212,9 +212,7 @@ def test_prometheus_scrapes_nodes_and_pods(own_cluster: Cluster) -> None:
 
     prometheus.start()
     try:
-        prometheus.follow(
-            "coredns", namespace="kube-system", selector="k8s-app=kube-dns", port="metrics"
-        )
+        prometheus.follow(Job("coredns", "metrics", "k8s-app=kube-dns", ("kube-system",)))
         for job, targets in (("cadvisor", 3), ("kube-proxy", 3), ("coredns", 2)):
             wait_for(partial(answering, job, targets), 60, f"{targets} targets of {job}")
         versions = prometheus.query('coredns_build_info{namespace="kube-system"}')

@@ -5,16 +5,15 @@ through the router, and ends when everything is in order again.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hbm_e2e.checkout import Checkout
-from hbm_e2e.client import Client, Failure, NodeClient
+from hbm_e2e.client import Client, Failure
 from hbm_e2e.cluster import AnyCluster, Cluster
-from hbm_e2e.installation import RELEASE, SYSTEM, Models, remove_everything
-from hbm_e2e.objects import condition, containers, is_ready, name
+from hbm_e2e.installation import SYSTEM, Models, in_order
+from hbm_e2e.objects import condition, containers, is_ready, name, ready_since, restarts
 from hbm_e2e.processes import kill
 from hbm_e2e.waiting import wait_for
 
@@ -25,74 +24,11 @@ CUT = {"lost", "refused", "timeout"}
 """How a request ends whose connection, or whose peer, is gone."""
 
 
-@pytest.fixture(scope="module")
-def installed(cluster: AnyCluster, checkout: Checkout) -> Iterator[Models]:
-    """The chart, a route, a policy and two servers, as after chapter 5 of the page."""
-    remove_everything(cluster, "models")
-    examples = checkout.folder / "docs" / "examples"
-    cluster.kubectl("create", "namespace", "models")
-    models = Models(cluster)
-    cluster.helm(
-        *("install", RELEASE, str(checkout.chart), "--namespace", SYSTEM, "--create-namespace"),
-        *("-f", str(checkout.chart / "values-cpu.yaml"), "-f", str(examples / "routes.yaml")),
-        *("--timeout", "5m"),
-    )
-    cluster.kubectl.within(SYSTEM).wait_ready("deployment/hbm-webhook", 300)
-    models.kubectl("apply", "-f", str(examples / "policy.yaml"))
-    models.kubectl("apply", "-f", str(examples / "server.yaml"))
-    yield models
-    remove_everything(cluster, "models", wait=False)
-
-
-@pytest.fixture
-def calm(own_cluster: Cluster, installed: Models) -> Models:
-    """Everything in order; `own_cluster` starts again what a test has killed."""
-    own_cluster.repair()
-    in_order(own_cluster, installed)
-    return installed
-
-
-def in_order(cluster: Cluster, models: Models) -> None:
-    """All deployments available, all pods injected, partitions Ready, digests on their way."""
-    for deployment in ("controller", "redis", "webhook"):
-        cluster.kubectl.within(SYSTEM).wait_ready(f"deployment/hbm-{deployment}", 300)
-    for deployment in ("rank", "hbm-router-rank"):
-        models.kubectl.wait_ready(f"deployment/{deployment}", 300)
-    models.wait_followed(180)
-    wait_for(
-        lambda: all(
-            condition(found, "Degraded") == ("False", "AsExpected")
-            for found in models.partitions().values()
-        ),
-        120,
-        "no partition to be Degraded",
-        every_s=1,
-        because=lambda: models.kubectl("describe", "hbmp"),
-    )
-    wait_for(models.digests_arrive, 60, "digests to travel from sidecars to routers", every_s=1)
-
-
-@pytest.fixture
-def client_beside(own_cluster: Cluster) -> Callable[..., Client]:
-    """A client on a node that is none of those given."""
-
-    def beside(*nodes: str) -> Client:
-        free = next(node.name for node in own_cluster.nodes if node.name not in nodes)
-        return NodeClient(own_cluster, free)
-
-    return beside
-
-
 def pods_of(cluster: AnyCluster, component: str) -> list[Any]:
     """Ready pods of a part of the release."""
     selector = f"app.kubernetes.io/component={component}"
     pods = cluster.kubectl.within(SYSTEM).items("pods", "-l", selector)
     return [pod for pod in pods if is_ready(pod)]
-
-
-def restarts(pod: Any, container: str) -> int:
-    (count,) = (one["restartCount"] for one in containers(pod) if one["name"] == container)
-    return int(count)
 
 
 def unexplained(found: list[Failure], began: float, lasted_s: float) -> list[str]:
@@ -107,13 +43,6 @@ def unexplained(found: list[Failure], began: float, lasted_s: float) -> list[str
     ]
 
 
-def edit_policy(models: Models) -> None:
-    """A new generation, which every partition must follow."""
-    slo = 20 + models.policy()["metadata"]["generation"]
-    patch = f'{{"spec": {{"slo": {{"latencyMs": {slo}}}}}}}'
-    models.kubectl("patch", "hbmpol", "rank", "--type", "merge", "-p", patch)
-
-
 def test_controller(
     own_cluster: Cluster, calm: Models, client_beside: Callable[..., Client]
 ) -> None:
@@ -122,7 +51,7 @@ def test_controller(
         kill(own_cluster, controller, "controller")
         gone = min(calm.servers())
         calm.kubectl("delete", "pod", gone)
-        edit_policy(calm)
+        calm.edit_policy()
         in_order(own_cluster, calm)
         assert gone not in calm.partitions()
     assert sent.failures == []
@@ -189,15 +118,13 @@ def test_child_of_the_sidecar(
     before = restarted()
     with calm.under_load(client_beside(), REGULARS) as sent:
         kill(own_cluster, pods[victim], "hbm-sidecar", f"hbm_sidecar.{child}")
-        edit_policy(calm)
+        calm.edit_policy()
         wait_for(lambda: restarted() == before + 1, 120, "the restart to be told", every_s=1)
         in_order(own_cluster, calm)
     assert sent.failures == []
     pod = calm.kubectl.get("pod", victim)
     assert [one["restartCount"] for one in containers(pod)] == [0, 0]
-    ready = next(one for one in pod["status"]["conditions"] if one["type"] == "Ready")
-    was = next(one for one in pods[victim]["status"]["conditions"] if one["type"] == "Ready")
-    assert ready["lastTransitionTime"] == was["lastTransitionTime"]
+    assert ready_since(pod) == ready_since(pods[victim])
 
 
 def test_first_process_of_the_sidecar(
@@ -212,7 +139,7 @@ def test_first_process_of_the_sidecar(
             120,
             "the sidecar to be started again",
         )
-        edit_policy(calm)
+        calm.edit_policy()
         in_order(own_cluster, calm)
     assert sent.failures == []
     assert restarts(calm.kubectl.get("pod", victim), "server") == 0
@@ -247,7 +174,7 @@ def test_kubelet(own_cluster: Cluster, calm: Models, client_beside: Callable[...
         wait_for(lambda: node not in own_cluster.ready_nodes(), 60, f"{node} to be missed")
         own_cluster.node(node).start_kubelet()
         own_cluster.wait_nodes_ready()
-        edit_policy(calm)
+        calm.edit_policy()
         in_order(own_cluster, calm)
     assert sent.failures == []
 
@@ -265,7 +192,7 @@ def test_control_plane(
             lambda: sum(sent.nodes().values()) > answered + 100, 60, "a hundred answers meanwhile"
         )
         own_cluster.repair()
-        edit_policy(calm)
+        calm.edit_policy()
         in_order(own_cluster, calm)
     assert sent.failures == []
 
@@ -289,6 +216,6 @@ def test_power_of_the_controllers_node(
             every_s=1,
         )
         own_cluster.repair()
-        edit_policy(calm)
+        calm.edit_policy()
         in_order(own_cluster, calm)
     assert unexplained(sent.failures, began, missed_s + 10) == []

@@ -4,10 +4,15 @@ The tests are the steps of one story: each begins where the one before ended. Be
 commands the client sends requests through the router, and its own log says whether any failed.
 """
 
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from hbm_dashboards.data import Series, asked, filled, panels
+from hbm_dashboards.picture import draw
 from hbm_e2e.checkout import Checkout
 from hbm_e2e.client import Client, NodeClient, ProxyClient
 from hbm_e2e.cluster import AnyCluster, Cluster
@@ -15,6 +20,7 @@ from hbm_e2e.images import PROJECT
 from hbm_e2e.installation import RELEASE, SYSTEM, Models, remove_everything
 from hbm_e2e.kubectl import CommandFailed
 from hbm_e2e.objects import condition, containers, name
+from hbm_e2e.prometheus import Prometheus, jobs_of
 from hbm_e2e.tables import rows
 from hbm_e2e.waiting import wait_for
 from hbm_e2e.walkthrough import Block, Shell, programs, sh_blocks
@@ -64,6 +70,33 @@ def walk(cluster: AnyCluster, checkout: Checkout) -> Iterator[Walk]:
 
 
 @pytest.fixture(scope="module")
+def prometheus(
+    cluster: AnyCluster, walk: Walk, checkout: Checkout
+) -> Iterator[tuple[Prometheus, float] | None]:
+    """Scrapes from the second chapter on what the chart's PodMonitors name; with the time since
+    which it does. None where the cluster is somebody else's."""
+    if not isinstance(cluster, Cluster):
+        yield None
+        return
+    values = [checkout.chart / "values-cpu.yaml", checkout.folder / "docs/examples/routes.yaml"]
+    rendered = cluster.helm(
+        *("template", RELEASE, str(checkout.chart), "--namespace", SYSTEM),
+        *(word for file in values for word in ("--values", str(file))),
+        *("--set", "monitoring.podMonitor.enabled=true"),
+        *("--api-versions", "monitoring.coreos.com/v1"),
+    )
+    objects = [one for one in yaml.safe_load_all(rendered) if one]
+    running = Prometheus(cluster)
+    running.start()
+    try:
+        running.follow(*jobs_of(one for one in objects if one["kind"] == "PodMonitor"))
+        with running.keeping_up():
+            yield running, time.time()
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
 def models(cluster: AnyCluster) -> Models:
     return Models(cluster)
 
@@ -94,7 +127,9 @@ def test_install(walk: Walk, cluster: AnyCluster) -> None:
     assert all(condition(found, "Available")[0] == "True" for found in deployments)
 
 
-def test_a_labelled_server_is_injected_before_there_is_a_policy(walk: Walk, models: Models) -> None:
+def test_a_labelled_server_is_injected_before_there_is_a_policy(
+    walk: Walk, models: Models, prometheus: object
+) -> None:
     walk.take("A model server")
     for pod in models.servers().values():
         assert {one["name"] for one in containers(pod)} == {"hbm-sidecar", "server"}
@@ -173,7 +208,8 @@ def test_recommend_publishes_and_leaves_alpha_alone(
 
 def test_fixed_applies(walk: Walk, models: Models, client: Client) -> None:
     observed = "hbm_sidecar_kube_followed_seconds"
-    counted = {pod: models.sidecar_metrics(pod)[f"{observed}_count"] for pod in models.servers()}
+    within = f'{observed}_bucket{{le="0.25"}}'
+    counted = {pod: models.sidecar_metrics(pod) for pod in models.servers()}
 
     def fixed() -> bool:
         statuses = [found["status"] for found in models.partitions().values()]
@@ -184,9 +220,11 @@ def test_fixed_applies(walk: Walk, models: Models, client: Client) -> None:
         models.wait_followed()
         wait_for(fixed, 120, "α to be 0.3", 1, lambda: models.kubectl("get", "hbmp"))
     assert sent.failures == []
-    for pod, count in counted.items():
+    for pod, before in counted.items():
         metrics = models.sidecar_metrics(pod)
-        assert metrics[f"{observed}_count"] == count + 1
+        assert metrics[f"{observed}_count"] == before[f"{observed}_count"] + 1
+        # Within one tick: nothing was observed above it.
+        assert metrics[within] == before[within] + 1
 
 
 def test_what_makes_no_sense_is_refused(models: Models) -> None:
@@ -272,6 +310,49 @@ def test_upgrades_leave_running_sidecars_connected(
 def test_dashboards_are_there(walk: Walk) -> None:
     said = walk.take("Dashboards and alerts")
     assert len(rows(said)) == 3
+
+
+@pytest.mark.parametrize("board", ["fleet", "partition", "router"])
+def test_every_panel_shows_data(
+    board: str,
+    cluster: AnyCluster,
+    models: Models,
+    prometheus: tuple[Prometheus, float] | None,
+    request: pytest.FixtureRequest,
+) -> None:
+    if prometheus is None:
+        pytest.skip("the Prometheus of somebody else's cluster is theirs to ask")
+    store, since = prometheus
+    selector = "grafana_dashboard=1"
+    (text,) = (
+        text
+        for found in cluster.kubectl.within(SYSTEM).items("configmaps", "-l", selector)
+        for name, text in found["data"].items()
+        if name == f"{board}.json"
+    )
+    dashboard = json.loads(text)
+    (longest,) = store.query(
+        f'topk(1, count_over_time(hbm_pool_alpha{{namespace="{models.namespace}"}}[1h]))'
+    )
+    chosen = {"namespace": models.namespace, "pod": longest["metric"]["pod"], "route": "rank"}
+    now = time.time()
+    answers = [
+        [
+            (one, [Series.of(found) for found in store.query_range(one.expression, since, now, 5)])
+            for one in asked(panel, chosen)
+        ]
+        for panel in panels(dashboard)
+    ]
+    empty = [
+        f"{one.panel}: {one.legend}: {one.expression}"
+        for panel in answers
+        for one, found in panel
+        if not any(series.points for series in found)
+    ]
+    draw(dashboard, answers, Path(request.config.rootpath) / f"out/e2e/dashboards/{board}.png")
+    assert empty == []
+    for mark in dashboard["annotations"]["list"]:
+        store.query_range(filled(mark["expr"], chosen), since, now, 5)
 
 
 def test_uninstalled_pods_serve_on(walk: Walk, models: Models, checkout: Checkout) -> None:
