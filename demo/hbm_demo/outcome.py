@@ -40,6 +40,14 @@ def show(console: Console, summary: dict[str, Any], out: Path) -> None:
     if any(_short(arm) for arm in summary["arms"].values()):
         console.print("* P95: P99 needs 1,000 requests", style="dim", highlight=False)
     alpha, decision = summary["alpha"], summary["decision_us"]
+    if decision["n"] == 0:
+        logs = out / "logs" / "adaptive"
+        console.print(
+            f"no decision was taken, so α could not move: read {logs}/*-sidecar.log",
+            style="bold red",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(
         f"α between {_number(alpha['min'])} and {_number(alpha['max'])} in {alpha['moves']} moves; "
         f"α* shifts by {_number(summary['alpha_star_shift'])}; a decision took "

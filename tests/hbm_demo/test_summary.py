@@ -190,6 +190,16 @@ def test_the_table_fits_a_terminal_of_80_columns(summary: dict) -> None:
         assert word in text
 
 
+def test_sidecars_that_decided_nothing_are_told_of(summary: dict) -> None:
+    """Theirs restart by themselves, so the demo ends well: it must not look as if α had held."""
+    console = Console(width=80, record=True)
+    outcome.show(console, summary, Path("out/demo"))
+    assert "no decision was taken" not in console.export_text()
+    summary["decision_us"] = {"n": 0, "p50": None, "p95": None}
+    outcome.show(console, summary, Path("out/demo"))
+    assert "read out/demo/logs/adaptive/*-sidecar.log" in console.export_text()
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_live_view_shows_the_state(arms: list[ArmResult], terminal: bool) -> None:
     console = Console(width=100, force_terminal=terminal, record=True)
