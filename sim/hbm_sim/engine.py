@@ -105,10 +105,9 @@ class EngineNode:
         spare = np.arange(units - 1, -1, -1, dtype=np.int32)
         if self.rows == "tz":
             replacement.grow(tz, np.arange(held, dtype=np.int32))
-        slice_units = max(1, round(self.spec.slice_rows * (1.0 if whole_extents else rate)))
-        slice_rows = slice_units
-        if self.rows == "lru":
-            slice_units = max(1, round(self.spec.slice_rows * rate))
+        slots = units * (row_class.rows_per_extent if whole_extents else 1)
+        per_slice = self.spec.slice_rows * (1.0 if whole_extents else rate)
+        slice_units = min(max(1, round(per_slice)), slots)
         self._arrays = NodeArrays(
             tz=tz,
             lru=lru,
@@ -123,7 +122,7 @@ class EngineNode:
             missed=np.empty(1 << 16, np.int32),
             prints=np.empty(info.max_sequence_tokens // info.page_tokens + 1, np.uint32),
             cached=np.zeros(1, np.int64),
-            copies=np.empty((3, slice_rows + row_class.rows_per_extent), np.int64),
+            copies=np.empty((3, slice_units + 1), np.int64),
             released=np.empty(units + 1, np.int32),
         )
         whole = self._arrays.whole
@@ -295,6 +294,11 @@ class EngineNode:
     def alpha(self) -> float:
         """Applied: EMB extents ÷ all extents."""
         return int(self._arrays.whole[at.EXTENTS]) / self.spec.info.extents
+
+    @property
+    def position(self) -> int:
+        """First request of the stream that has not begun."""
+        return self._position
 
     @property
     def moving(self) -> bool:
