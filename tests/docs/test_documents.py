@@ -67,3 +67,41 @@ def test_every_command_has_a_short_help() -> None:
     for command in ("bench", "demo", "explain", "plan", "router", "serve", "sidecar", "sweep"):
         line = re.search(rf"^  {command} +(\S.*)$", done.stdout, flags=re.MULTILINE)
         assert line, f"{command} is missing or says nothing"
+
+
+def shown_commands() -> list[str]:
+    """Command lines of ours in fenced blocks and in running text, comments and `$` left out."""
+    found = set()
+    for document in DOCUMENTS:
+        text = document.read_text()
+        fenced = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+        lines = [line for block in fenced for line in block.replace("\\\n", " ").splitlines()]
+        lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+        for line in lines:
+            command = re.search(r"(?:^|-- )((?:hbm|make|python -m hbm_\w+)(?: .*|$))", line.strip())
+            if command and not command[1].split()[-1].isupper():  # `hbm bench NAME`
+                found.add(re.split(r"\s+(?:#|>|2>|\|)\s*", command[1])[0].strip())
+    return sorted(found)
+
+
+@pytest.mark.parametrize("command", shown_commands())
+def test_every_command_that_is_shown_exists(
+    command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With `--help` at its end it says so when it knows all that stands before."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert not [word for word in words[1:] if "=" not in word and word not in targets]
+        return
+    from hbm_cli.main import main as hbm
+    from hbm_load.cli import app as load
+
+    run = hbm if words[0] == "hbm" else load
+    arguments = words[1:] if words[0] == "hbm" else words[3:]
+    monkeypatch.setattr(sys, "argv", [words[0], *arguments, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        run()
+    out, err = capfd.readouterr()
+    assert ended.value.code in (0, None), err
+    assert "Usage:" in out
