@@ -1,1 +1,1 @@
-"""Evidence: every way of choosing α side by side on the same requests, and what a log would gain."""
+"""Evidence: every way of choosing α on the same requests, and what a log would gain."""

@@ -1,0 +1,212 @@
+"""The results document, written from finished cells: every number in it has its seeds."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from hbm_study import tables
+from hbm_study.arms import load_arm
+from hbm_study.cells import Scene
+from hbm_study.figures import draw_all
+from hbm_study.goals import CONTROLS, STRESS
+from hbm_study.results import BEST_PAID, BEST_STATIC, Results, p99, pooled
+from hbm_study.statistics import FIGURE_SEEDS, GOAL_SEEDS
+
+_LAYERS: Final = (BEST_PAID, "oracle-free", *tables.OURS)
+_SYSTEM: Final = (
+    "static-0.50",
+    "twin-adapter-gate",
+    "drop",
+    "ablation-shield",
+    "ablation-refill",
+    "ablation-throttle",
+)
+_FAULTS: Final = ("static-0.50", "twin", "twin-adapter", "twin-adapter-gate")
+
+
+def write_document(
+    results: Results,
+    path: Path,
+    figures: Path,
+    *,
+    suite: str,
+    description: str,
+    seeds: Sequence[int],
+    missing: int,
+    test: bool,
+) -> None:
+    """Writes the Markdown file and its figures; links are relative to the file."""
+    figures_of = _figures(results, figures)
+    parts = [
+        _head(suite, description, seeds, missing, test),
+        _goals(results),
+        *_stress(results, figures_of, path),
+        _comparisons(results),
+        _faults(results),
+        _refill(results),
+        _arms(results),
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _head(suite: str, description: str, seeds: Sequence[int], missing: int, test: bool) -> str:
+    said = [
+        "# Results of the policy",
+        "",
+        f"Written by `hbm eval --suite {suite}` ({description}) on "
+        f"{datetime.now(UTC):%Y-%m-%d} at commit {_commit()}, Python {platform.python_version()}, "
+        f"{os.cpu_count()} cores of {platform.machine()}; seeds {seeds[0]} to {seeds[-1]}. How it "
+        "is run and what each arm is: [evaluation.md](evaluation.md). Simulated nodes with the "
+        "costs of the standard node, no GPU.",
+        "",
+        "Lower is better. Differences are means over paired seeds with bootstrap intervals of "
+        "95 %; *best static* is the static α with the lowest P99 over all seeds of a scene, *paid "
+        "oracle* the best part of the way of an oracle that pays for its moves, both chosen in "
+        f"hindsight. Under 2 % is noise. Figures with fewer than {FIGURE_SEEDS} seeds show that "
+        f"something runs, not how well; goals are judged from {GOAL_SEEDS} seeds on.",
+    ]
+    if missing:
+        said += ["", f"**{missing} cells are missing**: the time was over before they were run."]
+    if not test:
+        said += ["", "**Not the frozen test set**: these numbers are no evidence."]
+    return "\n".join(said)
+
+
+def _goals(results: Results) -> str:
+    parts = ["## Goals", "", tables.residual_sentence(results)]
+    for arm in ("twin-adapter-gate", "full"):
+        text = tables.goals_table(results, arm)
+        if text:
+            parts += ["", f"### {arm}", "", text]
+    return "\n".join(parts)
+
+
+def _plain(results: Results) -> list[Scene]:
+    return [scene for scene in results.scenes if not scene.fault]
+
+
+def _figures(results: Results, folder: Path) -> dict[Scene, dict[str, Path]]:
+    shown = [s for s in _plain(results) if s.load == "1.0" and s.gather == "serial"]
+    return {scene: draw_all(results, scene, folder) for scene in shown}
+
+
+def _stress(results: Results, figures: dict[Scene, dict[str, Path]], path: Path) -> list[str]:
+    order = {name: index for index, name in enumerate((*STRESS, *CONTROLS))}
+    scenes = sorted(
+        (s for s in _plain(results) if s.load == "1.0"),
+        key=lambda s: (s.gather != "serial", order.get(s.workload, 99), s.workload),
+    )
+    parts = []
+    for scene in scenes:
+        text = [
+            f"## {tables.scene_name(scene)}",
+            "",
+            tables.optima_table(results, scene),
+            "",
+            tables.arms_table(results, scene),
+        ]
+        if scene.gather == "serial":
+            accuracy = tables.accuracy_table(results, scene)
+            arms = (BEST_STATIC, "static-0.50", BEST_PAID, "oracle-free", *tables.OURS, "paper")
+            text += [
+                "",
+                "Distance of α̂ and of the applied α to α* in the settled part, and regret in "
+                "mean service time over the whole regime:",
+                "",
+                accuracy,
+                "",
+                "P99 by regime, ms:",
+                "",
+                tables.tail_table(results, scene, arms),
+            ]
+        drawn = figures.get(scene, {})
+        if drawn:
+            text.append("")
+            text += [f"![{title}]({_relative(file, path)})" for title, file in drawn.items()]
+        parts.append("\n".join(text))
+    return parts
+
+
+def _comparisons(results: Results) -> str:
+    scenes = _plain(results)
+    layers = tables.comparison_table(results, scenes, _LAYERS)
+    system = tables.comparison_table(results, scenes, _SYSTEM)
+    return "\n".join(
+        [
+            "## All scenes: layers of the allocator",
+            "",
+            "P99 against the best static α; both ways of gathering and all loads, the controls "
+            "beside the stress cases.",
+            "",
+            layers,
+            "",
+            "## All scenes: what shield, refill and throttle are worth",
+            "",
+            system,
+        ]
+    )
+
+
+def _faults(results: Results) -> str:
+    rows = []
+    for scene in results.scenes:
+        if not scene.fault:
+            continue
+        for arm in _FAULTS:
+            if not results.cells(scene, arm):
+                continue
+            rows.append(
+                [
+                    tables.scene_name(scene),
+                    arm,
+                    tables.number(results.mean(scene, arm, p99), 1),
+                    tables.percent(results.against(scene, arm, "static-0.50")),
+                    tables.number(results.mean(scene, arm, pooled("slo")).scaled(100.0), 2),
+                    str(len(results.cells(scene, arm))),
+                ]
+            )
+    text = tables.table(("fault", "arm", "P99, ms", "against α = 0.5", "SLO met, %", "seeds"), rows)
+    return f"## Faults\n\n{text}" if text else ""
+
+
+def _refill(results: Results) -> str:
+    scenes = [s for s in _plain(results) if s.gather == "serial"]
+    text = tables.refill_table(
+        results, scenes, ("twin-adapter-gate", "ablation-refill", "ablation-throttle", BEST_PAID)
+    )
+    return f"## Bytes moved and refilled\n\n{text}" if text else ""
+
+
+def _arms(results: Results) -> str:
+    names: dict[str, None] = {}
+    for scene in results.scenes:
+        for arm in results.arms(scene):
+            names.setdefault(arm.rstrip("0123456789.").rstrip("-"))
+    rows = [[f"`{name}`", load_arm(name).description] for name in names]
+    return f"## Arms\n\n{tables.table(('arm', 'what'), rows)}"
+
+
+def _relative(file: Path, document: Path) -> str:
+    return Path(os.path.relpath(file, document.parent)).as_posix()
+
+
+def _commit() -> str:
+    """The checkout's commit; `unknown` outside one."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()

@@ -1,0 +1,83 @@
+"""Runs a suite: what is finished stays, what is left is run until the budget is over."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from hbm_study.backends import Backend
+from hbm_study.cells import Cell, Scene, Store
+from hbm_study.evaluate import Done, Job, key_of, run_job
+from hbm_study.frozen import digest_of
+from hbm_study.suite import Suite
+
+CHUNK = 6
+"""Arms of one scene in one job: a worker keeps its scene, and progress is seen."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All cells of a suite with their keys, in order."""
+
+    cells: dict[Cell, str]
+
+    @classmethod
+    def of(cls, suite: Suite) -> Plan:
+        """Raises ArmError and WorkloadError."""
+        digests: dict[str, str] = {}
+        cells = {}
+        for cell in suite.cells():
+            workload = cell.scene.workload
+            if workload not in digests:
+                digests[workload] = digest_of(workload)
+            cells[cell] = key_of(cell, digests[workload])
+        return cls(cells)
+
+    @property
+    def workloads(self) -> list[str]:
+        return list(dict.fromkeys(cell.scene.workload for cell in self.cells))
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({cell.scene.seed for cell in self.cells})
+
+    def missing(self, store: Store) -> dict[Cell, str]:
+        """Cells that have not been finished."""
+        return {cell: key for cell, key in self.cells.items() if not store.has(key)}
+
+
+def run_suite(
+    plan: Plan,
+    store: Store,
+    cache: Path,
+    backend: Backend,
+    budget_s: float,
+    progress: Callable[[Done], None],
+) -> dict[Cell, str]:
+    """Runs what is missing; -> what is still missing when the budget is over.
+
+    No cell is begun after the budget's end; one that has begun is finished.
+    """
+    stop_at = time.time() + budget_s
+    jobs = _until(stop_at, _jobs(plan.missing(store), store.folder, cache, stop_at))
+    for done in backend.run(run_job, jobs):
+        progress(done)
+    return plan.missing(store)
+
+
+def _jobs(missing: dict[Cell, str], folder: Path, cache: Path, stop_at: float) -> Iterator[Job]:
+    by_scene: dict[Scene, list[tuple[str, str]]] = {}
+    for cell, key in missing.items():
+        by_scene.setdefault(cell.scene, []).append((cell.arm, key))
+    for scene, arms in by_scene.items():
+        for first in range(0, len(arms), CHUNK):
+            yield Job(scene, tuple(arms[first : first + CHUNK]), folder, cache, stop_at)
+
+
+def _until(stop_at: float, jobs: Iterable[Job]) -> Iterator[Job]:
+    for job in jobs:
+        if time.time() >= stop_at:
+            return
+        yield job
