@@ -153,3 +153,43 @@ def test_random_bytes_never_break_it(client: httpx.Client, raw: bytes, split: in
     answer = client.post(INFER, content=raw, headers={HEADER_LENGTH: str(split)})
     assert answer.status_code == 400
     assert answer.json()["error"]
+
+
+_ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=4),
+    max_leaves=6,
+)
+_CHANGES = st.dictionaries(
+    st.sampled_from(["name", "shape", "datatype", "data", "parameters", "colour"]),
+    _ANY
+    | st.fixed_dictionaries({"binary_data_size": st.integers(-4, 40) | st.none()})
+    | st.sampled_from(["INT32", "INT64", "FP32", "BYTES", [1], [2, 1], [1, 3], [0], [3, -1]]),
+    max_size=2,
+)
+_INPUTS = st.sampled_from(
+    ["history_items", "history_timestamps", "history_actions", "candidates", "query_time"]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    changes=st.dictionaries(_INPUTS, _CHANGES | st.none(), max_size=3),
+    tail=st.binary(max_size=40),
+    top=st.dictionaries(st.sampled_from(["id", "outputs", "parameters", "x"]), _ANY, max_size=2),
+)
+def test_changed_tensors_never_break_it(
+    client: httpx.Client, changes: dict[str, Any], tail: bytes, top: dict[str, Any]
+) -> None:
+    """Past the JSON: any field of any tensor may be anything, with or without bytes behind it."""
+    sent = body()
+    inputs = {each["name"]: each for each in sent["inputs"]}
+    for name, change in changes.items():
+        inputs[name] = None if change is None else inputs[name] | change
+    sent = sent | {"inputs": [each for each in inputs.values() if each is not None]} | top
+    head = json.dumps(sent).encode()
+    answer = client.post(INFER, content=head + tail, headers={HEADER_LENGTH: str(len(head))})
+    assert answer.status_code < 500
+    if answer.status_code != 200:
+        assert isinstance(answer.json()["error"], str)
+        assert answer.json()["error"]
