@@ -25,10 +25,12 @@ from hbm_pool.contracts import digest as codec
 from hbm_pool.contracts.records import COMMAND, INTENT
 
 from hbm_sidecar.api import PartitionAnswer, control_app, public_app
+from hbm_sidecar.artefact import Artefact, read_status
 from hbm_sidecar.cluster import ClusterPartition
 from hbm_sidecar.cluster_link import ABSENT_S, ClusterLink, KubeMetrics
 from hbm_sidecar.cluster_status import REPORT_S, last_decision, measured, sidecar
 from hbm_sidecar.config import SidecarConfig
+from hbm_sidecar.contributions import prices
 from hbm_sidecar.explain import explain_view, explained, wall_offset_ns
 from hbm_sidecar.http_servers import http_server, serve_control
 from hbm_sidecar.log import configure
@@ -171,6 +173,14 @@ class Admin:
         moves = self.source.current().model_dump(include=set(MoveConfig.model_fields))
         return self.config.policy().flat() | moves
 
+    def prices(self) -> dict[str, Any]:
+        """What the twin prices with beside what the server declares."""
+        return prices(self.observer.curves, self.observer.telemetry)
+
+    def residual(self) -> dict[str, Any]:
+        """What became of the learned residual that is asked for."""
+        return read_status(self.config.run_dir)
+
     def readiness(self) -> dict[str, str]:
         """What keeps decisions from being taken, by part."""
         observer, missing = self.observer, dict(self.observer.problems)
@@ -206,6 +216,8 @@ class Admin:
             "run_dir": str(self.config.run_dir),
             "partition": self.partition().model_dump(mode="json"),
             "policy": self.policy(),
+            "prices": self.prices(),
+            "residual": self.residual(),
             "server": {
                 "fresh": observer.server_fresh(),
                 "telemetry_age_s": _finite(observer.telemetry_age_s()),
@@ -235,10 +247,14 @@ class Admin:
 
     def _make_source(self) -> PartitionSource:
         config, started = self.config, self.config.partition()
+        file = config.residual_file
+        artefact = None
+        if file is not None:
+            artefact = Artefact(file, config.residual_sha256, config.run_dir, f"at {file}")
         if config.policy_file is not None:
-            return DeclaredPartition(started, config.policy_file)
+            return DeclaredPartition(started, config.policy_file, artefact)
         if config.kube_token_dir is None:
-            return LocalPartition(started, config.run_dir)
+            return LocalPartition(started, config.run_dir, artefact)
         source = ClusterPartition(
             started,
             config.namespace,
@@ -346,9 +362,11 @@ class Admin:
         known = np.zeros((), dtype=INTENT)
         if view.read_intent(known):
             self._generation = max(self._generation, int(known["generation"]))
-        if int(known["policy_hash"]) != wanted.policy_hash() or self._generation == 0:
+        residual_hash = self.source.residual_hash
+        told = int(known["policy_hash"]), int(known["residual_hash"])
+        if told != (wanted.policy_hash(), residual_hash) or self._generation == 0:
             self._generation += 1
-            wanted.fill_intent(self._intent, self._generation, time.monotonic_ns())
+            wanted.fill_intent(self._intent, self._generation, time.monotonic_ns(), residual_hash)
             block.write_intent(self._intent)
         self._intent_due, self._told_boot = False, block.boot_epoch
 

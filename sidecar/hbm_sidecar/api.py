@@ -46,6 +46,12 @@ class AdminView(Protocol):
     def policy(self) -> dict[str, Any]:
         """The parameters they were taken with."""
 
+    def prices(self) -> dict[str, Any]:
+        """What the twin prices with beside what the server declares."""
+
+    def residual(self) -> dict[str, Any]:
+        """What became of the learned residual that is asked for."""
+
     def readiness(self) -> dict[str, str]:
         """What keeps decisions from being taken, by part; empty when nothing does."""
 
@@ -126,8 +132,14 @@ def control_app(admin: AdminView) -> FastAPI:
     async def get_explain(
         last: Annotated[int, Query(ge=1, le=10_000)] = 10,
     ) -> dict[str, Any]:
-        """Why the last decisions were taken, oldest first, and with which parameters."""
-        return {"decisions": admin.explain(last), "policy": admin.policy()}
+        """Why the last decisions were taken, oldest first, what each layer added, and with which
+        parameters and prices."""
+        return {
+            "decisions": admin.explain(last),
+            "policy": admin.policy(),
+            "prices": admin.prices(),
+            "residual": admin.residual(),
+        }
 
     return app
 

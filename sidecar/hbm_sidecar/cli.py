@@ -193,6 +193,79 @@ def run_sidecar(
         float | None,
         typer.Option(help="Curve older than this: twin dead. [HBM_CURVE_STALE_MS, 2000]"),
     ] = None,
+    gate_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Evidence at which the burst gate opens; 0: never. [HBM_GATE_THRESHOLD, 8]"
+        ),
+    ] = None,
+    gate_drift: Annotated[
+        float | None,
+        typer.Option(help="Deviations that are no evidence. [HBM_GATE_DRIFT, 1]"),
+    ] = None,
+    gate_baseline_samples: Annotated[
+        int | None,
+        typer.Option(help="Samples behind what is normal. [HBM_GATE_BASELINE_SAMPLES, 256]"),
+    ] = None,
+    gate_requests: Annotated[
+        int | None,
+        typer.Option(help="Simulated requests per sample of the cost. [HBM_GATE_REQUESTS, 16]"),
+    ] = None,
+    gate_burst_ticks: Annotated[
+        int | None,
+        typer.Option(help="Ticks for which the gate stays open. [HBM_GATE_BURST_TICKS, 16]"),
+    ] = None,
+    gate_refractory_ticks: Annotated[
+        int | None,
+        typer.Option(help="Least ticks between openings. [HBM_GATE_REFRACTORY_TICKS, 32]"),
+    ] = None,
+    gate_slew: Annotated[
+        float | None,
+        typer.Option(help="Speed of moves while it is open, as a factor. [HBM_GATE_SLEW, 2]"),
+    ] = None,
+    gate_recover_ms: Annotated[
+        float | None,
+        typer.Option(help="Longest recovery after a burst. [HBM_GATE_RECOVER_MS, 10000]"),
+    ] = None,
+    adapter_limit: Annotated[
+        float | None,
+        typer.Option(
+            help="Learned prices stay within this factor; 1: not learned. [HBM_ADAPTER_LIMIT, 4]"
+        ),
+    ] = None,
+    adapter_forgetting: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight a batch keeps after each later one. [HBM_ADAPTER_FORGETTING, 0.9995]"
+        ),
+    ] = None,
+    residual_gain: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the learned correction that is taken; 0: none. [HBM_RESIDUAL_GAIN, 0]"
+        ),
+    ] = None,
+    residual_wait_ticks: Annotated[
+        int | None,
+        typer.Option(help="Ticks for which it may put a move off. [HBM_RESIDUAL_WAIT_TICKS, 40]"),
+    ] = None,
+    residual_file: Annotated[
+        Path | None,
+        typer.Option(help="ONNX file of a learned residual. [HBM_RESIDUAL_FILE]"),
+    ] = None,
+    residual_sha256: Annotated[
+        str | None, typer.Option(help="Its hash, in hex. [HBM_RESIDUAL_SHA256]")
+    ] = None,
+    decision_log: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that takes every decision, for `hbm replay-decisions`. [HBM_DECISION_LOG]"
+        ),
+    ] = None,
+    decision_log_bytes: Annotated[
+        int | None,
+        typer.Option(help="Its largest size. [HBM_DECISION_LOG_BYTES, 2^26]"),
+    ] = None,
 ) -> None:
     """Decides α for the model server beside it; restarts its own parts and never exits for them."""
     given = {name: value for name, value in locals().items() if value is not None}
@@ -212,7 +285,11 @@ def run_explain(
     last: Annotated[int, typer.Option(min=1, max=10_000, help="How many decisions.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON array on stdout.")] = False,
 ) -> None:
-    """Why the sidecar took its last decisions, oldest first."""
+    """Why the sidecar took its last decisions, oldest first.
+
+    What each layer added to the newest one goes to stderr, beside the parameters.
+    """
+    from hbm_sidecar.contributions import block
     from hbm_sidecar.explain import (
         ExplainError,
         fetch_explained,
@@ -222,7 +299,7 @@ def run_explain(
     )
 
     try:
-        decisions, policy = fetch_explained(run_dir, last)
+        decisions, policy, prices, residual = fetch_explained(run_dir, last)
     except ExplainError as error:
         _fail("hbm explain", str(error))
     if as_json:
@@ -235,3 +312,6 @@ def run_explain(
         typer.echo("no decision yet", err=True)
     for decision in decisions:
         typer.echo(human_line(decision))
+    if decisions:
+        for line in block(decisions[-1], prices, residual):
+            typer.echo(line, err=True)

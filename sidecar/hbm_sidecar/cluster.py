@@ -7,24 +7,21 @@ partition α is held.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from pydantic import ValidationError
 
+from hbm_sidecar.artefact import Artefact, Verdict
 from hbm_sidecar.partition import ModeName, Partition, PartitionRefused, SidecarError
 
 KEPT_FILE: Final = "cluster-partition.json"
-MAX_ARTEFACT_BYTES: Final = 1 << 20
-"""No key of a ConfigMap is larger."""
 _MAX_REFILL: Final = 1e12
-_KEY: Final = re.compile(r"[-._a-zA-Z0-9]{1,253}")
 _QUANTITY: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)")
 _DECIMAL: Final = {"": 0, "k": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 _PATHS: Final = {
@@ -46,14 +43,6 @@ _PATHS: Final = {
 
 class SpecRefused(SidecarError):
     """A spec that cannot be followed; the text names the field as it stands in the object."""
-
-
-class Verdict(NamedTuple):
-    """What became of a generation. An empty reason: all of it is taken over."""
-
-    reason: str
-    """SpecRefused, ArtefactPending, ArtefactInvalid, or empty."""
-    message: str
 
 
 def bytes_of(quantity: object) -> float:
@@ -94,66 +83,6 @@ def wish_of(spec: Mapping[str, Any], started: Partition) -> Partition:
         raise SpecRefused(f"spec.{field}: {reason}") from error
     except (ValueError, TypeError) as error:
         raise SpecRefused(f"spec: {error}") from error
-
-
-class Artefact:
-    """A learned policy in the mounted ConfigMap: present, and the one that was meant?
-
-    This version has no learned layer: it checks the file and says so.
-    """
-
-    def __init__(self, directory: Path, key: str, sha256: str) -> None:
-        self._path = directory / key
-        self._key = key
-        self._sha256 = sha256
-        self._seen: tuple[int, int, int] | None = None
-        self._verdict = Verdict("", "")
-        self._usable = _KEY.fullmatch(key) is not None and key not in (".", "..")
-
-    def look(self) -> Verdict:
-        """What is to be said of it now; reads the file only when it has changed."""
-        if not self._usable:
-            return Verdict(
-                "ArtefactInvalid", f"artefact key {self._key!r} is no key of a ConfigMap"
-            )
-        try:
-            status = self._path.stat()
-            stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
-            if stamp != self._seen:
-                self._verdict = self._check()
-                self._seen = stamp
-        except FileNotFoundError:
-            self._seen = None
-            return Verdict(
-                "ArtefactPending",
-                f"{self._key} is not in the ConfigMap hbm-policies of this namespace (yet); "
-                "until then the built-in layers decide. All else in the spec is in force",
-            )
-        except OSError as error:
-            self._seen = None
-            return Verdict(
-                "ArtefactInvalid", f"{self._key} cannot be read ({error.strerror}); {_BUILT_IN}"
-            )
-        return self._verdict
-
-    def _check(self) -> Verdict:
-        with self._path.open("rb") as file:
-            content = file.read(MAX_ARTEFACT_BYTES + 1)
-        found = hashlib.sha256(content).hexdigest()
-        if found != self._sha256:
-            return Verdict(
-                "ArtefactInvalid",
-                f"{self._key} has the hash {found[:12]}…, the spec asks for "
-                f"{self._sha256[:12]}…; {_BUILT_IN}",
-            )
-        return Verdict(
-            "",
-            f"{self._key} is the one that is asked for; this sidecar has no learned layer, so the "
-            "built-in layers decide",
-        )
-
-
-_BUILT_IN: Final = "the built-in layers decide. All else in the spec is in force"
 
 
 class ClusterPartition:
@@ -199,6 +128,7 @@ class ClusterPartition:
         self._clock_ns = clock_ns
         self._hold = started.model_copy(update={"mode": ModeName.HOLD})
         self._current = self._hold
+        self.residual_hash = 0
         self._artefact: Artefact | None = None
         self._news = False
         self._not_kept = ""
@@ -228,7 +158,7 @@ class ClusterPartition:
     def poll(self) -> bool:
         """Look at the artefact; True once after the wish has changed."""
         if self._artefact is not None and self.verdict.reason != "SpecRefused":
-            self.verdict = self._artefact.look()
+            self._look()
         news, self._news = self._news, False
         return news
 
@@ -276,15 +206,33 @@ class ClusterPartition:
         except SpecRefused as error:
             self.verdict = Verdict("SpecRefused", f"{error}; what was asked before stays in force")
             return
-        artefact = spec.get("artefact")
-        self._artefact = None
         self.verdict = Verdict("", "")
-        if artefact:
-            self._artefact = Artefact(
-                self._policies_dir, str(artefact.get("key")), str(artefact.get("sha256"))
-            )
-            self.verdict = self._artefact.look()
+        self._take_artefact(spec.get("artefact"))
         self._follow(wanted)
+
+    def _take_artefact(self, asked: Mapping[str, Any] | None) -> None:
+        self._artefact = None
+        if not asked:
+            self._use(0)
+            return
+        key, sha256 = str(asked.get("key")), str(asked.get("sha256"))
+        self._artefact = Artefact.of_key(self._policies_dir, key, sha256, self._kept.parent)
+        if self._artefact is None:
+            self.verdict = Verdict(
+                "ArtefactInvalid", f"artefact key {key!r} is no key of a ConfigMap"
+            )
+        else:
+            self._look()
+
+    def _look(self) -> None:
+        """At the artefact; until there is one, what was used before stays in use."""
+        assert self._artefact is not None
+        self.verdict = self._artefact.look()
+        self._use(self._artefact.hash or self.residual_hash)
+
+    def _use(self, residual_hash: int) -> None:
+        self._news = self._news or residual_hash != self.residual_hash
+        self.residual_hash = residual_hash
 
     def _follow(self, wanted: Partition) -> None:
         self._news = self._news or wanted != self._current
@@ -294,6 +242,7 @@ class ClusterPartition:
         """No partition: α is held where it is."""
         self.generation, self.uid, self.condition = 0, "", {}
         self.verdict, self._artefact = Verdict("", ""), None
+        self._use(0)
         self._follow(self._hold)
         try:
             self._kept.unlink(missing_ok=True)

@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from hbm_policy import AnchorConfig, PolicyConfig, ShieldConfig
+from hbm_policy import (
+    AdapterConfig,
+    AnchorConfig,
+    GateConfig,
+    PolicyConfig,
+    ResidualConfig,
+    ShieldConfig,
+)
 from hbm_pool.contracts.names import check_name
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hbm_sidecar.partition import Partition
@@ -22,11 +29,19 @@ _REDIS_SCHEMES = ("redis", "rediss", "unix")
 _MAX_SOCKET_PATH = 107  # sun_path of Linux without its terminating zero
 
 
-class SidecarConfig(Partition, AnchorConfig, ShieldConfig, BaseSettings):
+class SidecarConfig(
+    Partition,
+    AnchorConfig,
+    ShieldConfig,
+    GateConfig,
+    AdapterConfig,
+    ResidualConfig,
+    BaseSettings,
+):
     """All settings of `hbm sidecar`.
 
-    The fields of `Partition` are the wish it starts with, those of `AnchorConfig` and
-    `ShieldConfig` the parameters of the decision.
+    The fields of `Partition` are the wish it starts with, those of the other configurations the
+    parameters of the decision.
     """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True)
@@ -56,6 +71,21 @@ class SidecarConfig(Partition, AnchorConfig, ShieldConfig, BaseSettings):
     )
     policy_file: Path | None = Field(
         None, description="JSON partition that somebody else writes; PUT is refused while set."
+    )
+    residual_file: Path | None = Field(
+        None, description="ONNX file of a learned residual; it may come and change at any time."
+    )
+    residual_sha256: str = Field(
+        "", pattern=r"^([0-9a-fA-F]{64})?$", description="Its hash, checked before use."
+    )
+    decision_log: Path | None = Field(
+        None, description="File that takes every decision, for `hbm replay-decisions`."
+    )
+    decision_log_bytes: int = Field(
+        64 << 20,
+        ge=1 << 16,
+        le=1 << 40,
+        description="Its largest size; the one before it is kept beside it.",
     )
     host: str = Field("127.0.0.1", description="Address of /healthz, /readyz and /metrics.")
     port: int = Field(9400, ge=0, le=65535, description="Their port; 0: any free one.")
@@ -144,6 +174,18 @@ class SidecarConfig(Partition, AnchorConfig, ShieldConfig, BaseSettings):
             raise ValueError("kube_token_dir is set, so pod_name and pod_uid are needed")
         return self
 
+    @model_validator(mode="after")
+    def _a_residual_has_a_hash(self) -> SidecarConfig:
+        if (self.residual_file is None) != (not self.residual_sha256):
+            raise ValueError(
+                "residual_file and residual_sha256 belong together; give both or neither"
+            )
+        if self.residual_file is not None and self.kube_token_dir is not None:
+            raise ValueError(
+                "residual_file and kube_token_dir are both set; the partition names the artefact"
+            )
+        return self
+
     @property
     def admin_socket(self) -> Path:
         """Unix socket of /v1."""
@@ -161,13 +203,18 @@ class SidecarConfig(Partition, AnchorConfig, ShieldConfig, BaseSettings):
 
     def policy(self) -> PolicyConfig:
         """The parameters of the decision."""
-        return PolicyConfig(
-            anchor=AnchorConfig(
-                **{name: getattr(self, name) for name in AnchorConfig.model_fields}
-            ),
-            shield=ShieldConfig(
-                **{name: getattr(self, name) for name in ShieldConfig.model_fields}
-            ),
+        parts: dict[str, type[BaseModel]] = {
+            "anchor": AnchorConfig,
+            "shield": ShieldConfig,
+            "gate": GateConfig,
+            "adapter": AdapterConfig,
+            "residual": ResidualConfig,
+        }
+        return PolicyConfig.model_validate(
+            {
+                part: {name: getattr(self, name) for name in model.model_fields}
+                for part, model in parts.items()
+            }
         )
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -39,6 +39,7 @@ from hbm_pool.contracts.record_slots import slots_bytes
 from hbm_pool.contracts.records import COMMAND, CURVES, INTENT, TELEMETRY
 from pydantic import ValidationError
 
+from hbm_sidecar.artefact import ResidualSlot
 from hbm_sidecar.config import SidecarConfig
 from hbm_sidecar.log import configure
 from hbm_sidecar.pace import Pace
@@ -59,6 +60,21 @@ _DEAD: Final = int(
     | Reason.EPOCH_MISMATCH
 )
 """Said once, not once per tick: the log of decisions is for decisions."""
+
+
+def _contributions(decision: Decision) -> tuple[float, ...]:
+    """What each layer added, in the order of DECISION's last fields."""
+    gating, correction = decision.gating, decision.correction
+    return (
+        gating.phase,
+        gating.cost_level,
+        gating.arrivals_level,
+        correction.alpha,
+        correction.fraction_scale,
+        correction.slew_scale * gating.slew_scale,
+        decision.wish,
+        decision.state.goal,
+    )
 
 
 def _packer(record: npt.NDArray[Any]) -> Callable[..., None]:
@@ -84,8 +100,10 @@ class Decider:
         self.period_ns = int(config.tick_ms * 1e6)
         self._run_dir = config.run_dir
         self._parameters = config.policy()
-        self._policy = Policy(self._parameters)
         self._log = log
+        gain = self._parameters.residual.residual_gain
+        self._residual = ResidualSlot(config.run_dir, gain, log)
+        self._policy = Policy(self._parameters)
         self._clock_ns = clock_ns
         self._telemetry = np.zeros((), dtype=TELEMETRY)
         self._intent = np.zeros((), dtype=INTENT)
@@ -186,6 +204,8 @@ class Decider:
         """Follow another wish. The price of moves is a parameter of the policy, which keeps no
         state: another one goes on where it was."""
         self._wish_generation = int(self._intent["generation"])
+        if self._residual.follow(int(self._intent["residual_hash"])):
+            self._policy = Policy(self._policy.config, residual=self._residual.residual)
         if int(self._intent["policy_hash"]) == self._wish_hash:
             return
         self._wish_hash = int(self._intent["policy_hash"])
@@ -196,7 +216,7 @@ class Decider:
         except ValidationError as error:
             self._log.warning("price of moves not taken over", why=str(error))
             return
-        self._policy = Policy(wished)
+        self._policy = Policy(wished, residual=self._residual.residual)
 
     def _attach(self, block: SidecarBlock, newest: npt.NDArray[Any]) -> None:
         """Go on where the process before this one ended: generations and ticks only grow.
@@ -248,6 +268,7 @@ class Decider:
             (stored_ns - due_ns) / 1e3,
             decision.gain,
             decision.mode,
+            *_contributions(decision),
         )
         block.push_decision(block.decision)
 

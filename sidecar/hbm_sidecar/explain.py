@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import http.client
 import json
-import math
 import socket
 import time
 from pathlib import Path
@@ -14,10 +13,12 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from hbm_policy import Reason, describe
-from hbm_pool.contracts.control_block import ControlBlockError, SidecarView
-from hbm_pool.contracts.records import Mode
+from hbm_pool.contracts.control_block import ControlBlockError, ServerView, SidecarView
+from hbm_pool.contracts.records import CURVES, TELEMETRY, Mode
 
+from hbm_sidecar.artefact import read_status
 from hbm_sidecar.config import ADMIN_SOCKET
+from hbm_sidecar.contributions import layers, number, prices
 from hbm_sidecar.partition import SidecarError
 
 _TIMEOUT_S: Final = 2.0
@@ -32,6 +33,8 @@ class Explained(NamedTuple):
 
     decisions: list[dict[str, Any]]  # oldest first
     policy: dict[str, Any]  # parameters of the decision by name; empty: no sidecar runs
+    prices: dict[str, Any]  # what the twin prices with; empty: it has not said yet
+    residual: dict[str, Any]  # what decide says of the learned residual
 
 
 def explained(record: npt.NDArray[np.void], wall_offset_ns: int) -> dict[str, Any]:
@@ -49,15 +52,16 @@ def explained(record: npt.NDArray[np.void], wall_offset_ns: int) -> dict[str, An
         "generation": generation,
         "applied": generation > 0,
         "mode": Mode(mode).name.lower() if mode in Mode.__members__.values() else str(mode),
-        "alpha": _number(record["alpha"]),
-        "anchor": _number(record["anchor"]),
-        "target": _number(record["target"]),
-        "gain": _number(record["gain"]),
-        "refill_bytes_per_s": _number(record["refill_bytes_per_s"]),
+        "alpha": number(record["alpha"]),
+        "anchor": number(record["anchor"]),
+        "target": number(record["target"]),
+        "gain": number(record["gain"]),
+        "refill_bytes_per_s": number(record["refill_bytes_per_s"]),
         "reasons": codes,
         "text": "; ".join(describe(reasons)) or "nothing stands out",
-        "latency_us": _number(record["latency_us"]),
-        "due_us": _number(record["due_us"]),
+        "latency_us": number(record["latency_us"]),
+        "due_us": number(record["due_us"]),
+        "layers": layers(record),
     }
 
 
@@ -116,7 +120,24 @@ def fetch_explained(run_dir: Path, last: int) -> Explained:
             f"no sidecar answers in {run_dir} and its file cannot be read ({error}); "
             "is --run-dir that of the sidecar?"
         ) from error
-    return Explained(explain_view(view, last), {})
+    curves = np.zeros((), dtype=CURVES)
+    view.read_curves(curves)
+    return Explained(
+        explain_view(view, last),
+        {},
+        prices(curves, _telemetry(run_dir)),
+        read_status(run_dir),
+    )
+
+
+def _telemetry(run_dir: Path) -> npt.NDArray[np.void] | None:
+    """The server's newest record; None when its file cannot be read."""
+    telemetry = np.zeros((), dtype=TELEMETRY)
+    try:
+        ServerView.open(run_dir).read_telemetry(telemetry)
+    except (ControlBlockError, OSError):
+        return None
+    return telemetry
 
 
 def policy_line(policy: dict[str, Any]) -> str:
@@ -152,15 +173,9 @@ def _ask_admin(path: Path, last: int) -> Explained:
         if response.status != 200:
             raise ValueError(f"admin answered {response.status}")
         answer = json.loads(body)
-        return Explained(answer["decisions"], answer["policy"])
+        return Explained(*(answer[name] for name in Explained._fields))
     finally:
         connection.close()
-
-
-def _number(value: Any) -> float | None:
-    """None for NaN and infinities: JSON has neither."""
-    number = float(value)
-    return number if math.isfinite(number) else None
 
 
 def _short(value: float | None, digits: int = 3) -> str:

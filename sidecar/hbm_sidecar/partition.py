@@ -21,6 +21,8 @@ from hbm_pool.contracts.records import INTENT, Mode
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core.core_schema import ValidationInfo
 
+from hbm_sidecar.artefact import Artefact, Verdict
+
 PARTITION_FILE: Final = "partition.json"
 MAX_PARTITION_BYTES: Final = 64 * 1024
 
@@ -120,8 +122,11 @@ class Partition(MoveConfig):
         """XXH3-64 of the canonical JSON: equal wishes have equal hashes."""
         return xxhash.xxh3_64_intdigest(self.model_dump_json().encode())
 
-    def fill_intent(self, record: np.ndarray, generation: int, monotonic_ns: int) -> None:
+    def fill_intent(
+        self, record: np.ndarray, generation: int, monotonic_ns: int, residual_hash: int = 0
+    ) -> None:
         """Write the wish into a record of dtype INTENT. `alpha_fixed` is NaN when there is none."""
+        record["residual_hash"] = residual_hash
         record["monotonic_ns"] = monotonic_ns
         record["generation"] = generation
         record["mode"] = int(self.mode.mode)
@@ -204,8 +209,12 @@ class PartitionSource(Protocol):
     def current(self) -> Partition:
         """The wish in force."""
 
+    residual_hash: int
+    """The learned residual to use (`INTENT.residual_hash`); 0: none."""
+
     def poll(self) -> bool:
-        """Look for news; True when `current` has changed. Never raises for bad content."""
+        """Look for news; True when anything of the wish has changed. Never raises for bad
+        content."""
 
     def put(self, partition: Partition) -> None:
         """Replace the wish and keep it over restarts. Raises `PartitionRefused`."""
@@ -214,12 +223,31 @@ class PartitionSource(Protocol):
         """Back to the wish the sidecar was started with. Raises `PartitionRefused`."""
 
 
-class LocalPartition:
+class _LocalResidual:
+    """The learned residual of a flag, beside a wish from elsewhere."""
+
+    def __init__(self, artefact: Artefact | None) -> None:
+        self.residual_hash = 0
+        self.residual_verdict = Verdict("", "")
+        self._artefact = artefact
+        self._look()
+
+    def _look(self) -> bool:
+        """True when another one is to be used."""
+        if self._artefact is None:
+            return False
+        self.residual_verdict = self._artefact.look()
+        before, self.residual_hash = self.residual_hash, self._artefact.hash
+        return before != self.residual_hash
+
+
+class LocalPartition(_LocalResidual):
     """Flags, overridden by what was last PUT; the latter is kept in the run directory."""
 
     owner: None = None
 
-    def __init__(self, started: Partition, run_dir: Path) -> None:
+    def __init__(self, started: Partition, run_dir: Path, artefact: Artefact | None = None) -> None:
+        super().__init__(artefact)
         self.started = started
         self.problem: str | None = None
         self._path = run_dir / PARTITION_FILE
@@ -236,8 +264,8 @@ class LocalPartition:
         return self._current
 
     def poll(self) -> bool:
-        """Nobody else writes here: never news."""
-        return False
+        """Nobody else writes here; only the residual's file may come or go."""
+        return self._look()
 
     def put(self, partition: Partition) -> None:
         """Replace the wish; on return it is on disk. `OSError` when it cannot be kept."""
@@ -255,13 +283,14 @@ class LocalPartition:
         self._current, self.problem = self.started, None
 
 
-class DeclaredPartition:
+class DeclaredPartition(_LocalResidual):
     """A file that somebody else writes (mounted, or managed by hand); PUT is refused.
 
     Looked at on every `poll`; content that is not a partition leaves the one before in force.
     """
 
-    def __init__(self, started: Partition, path: Path) -> None:
+    def __init__(self, started: Partition, path: Path, artefact: Artefact | None = None) -> None:
+        super().__init__(artefact)
         self.started = started
         self.problem: str | None = None
         self._path = path
@@ -280,17 +309,18 @@ class DeclaredPartition:
 
     def poll(self) -> bool:
         """Read the file again if it is another one, or changed, since the last look."""
+        changed = self._look()
         try:
             status = self._path.stat()
             stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
             if stamp == self._seen:
-                return False
+                return changed
             self._seen = stamp
             found = read_partition(self._path)
         except (PartitionInvalid, OSError) as error:
             self.problem = str(error)
-            return False
-        changed = found != self._current
+            return changed
+        changed |= found != self._current
         self._current, self.problem = found, None
         return changed
 

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
 import numpy as np
-from hbm_policy import CostConstants, CostSource, DeclaredCosts
+from hbm_policy import CostConstants, CostSource, Phase, RlsAdapter
 from hbm_policy.twin import Twin, TwinError
 from hbm_pool.contracts.control_block import (
     ControlBlockError,
     ControlBlockMissing,
     ServerView,
     SidecarBlock,
+    SidecarView,
 )
 from hbm_pool.contracts.records import CURVES, TELEMETRY
 
@@ -30,6 +31,8 @@ SAMPLES_PER_CYCLE: Final = 64
 PUBLISH_S: Final = 0.1
 """Curves are written at most this often; decide reads the newest at each tick."""
 IDLE_S: Final = 0.02
+GATE_LOOK_S: Final = 0.25
+"""How often it looks at the newest decision."""
 REOPEN_S: Final = 0.5
 REST_MAX_S: Final = 0.5
 """Compiling the kernel (seconds, where no cache is shipped) costs no minutes of rest."""
@@ -46,7 +49,7 @@ class TwinProcess:
         clock_ns: Callable[[], int] = time.monotonic_ns,
         prices: CostSource | None = None,
     ) -> None:
-        self._prices: CostSource = prices or DeclaredCosts()
+        self._prices: CostSource = prices or RlsAdapter(config.policy().adapter)
         self._config = config
         self._log = log
         self._clock_ns = clock_ns
@@ -59,6 +62,9 @@ class TwinProcess:
         self._curves = np.zeros((), dtype=CURVES)
         self._publish_at_ns = 0
         self._problem = ""
+        self._decisions: SidecarView | None = None
+        self._look_at_ns = 0
+        self._burst = False
 
     def run(self) -> NoReturn:
         """Work in bounded pieces, for ever."""
@@ -87,7 +93,9 @@ class TwinProcess:
             self._start(server)
         if self._twin is None or not server.read_telemetry(self._telemetry):
             return IDLE_S
-        self._costs = self._prices.constants(self._telemetry) or self._costs
+        self._look_at_gate()
+        costs = self._prices.constants(self._telemetry, learn=not self._burst)
+        self._costs = costs or self._costs
         if self._costs is None:  # the server has not measured them yet
             return IDLE_S
         samples, lost = server.read_requests(SAMPLES_PER_CYCLE)
@@ -116,9 +124,29 @@ class TwinProcess:
         if now < self._publish_at_ns or twin is None or block is None or twin.requests == 0:
             return
         self._publish_at_ns = now + int(PUBLISH_S * 1e9)
-        twin.curves(self._curves)
-        self._curves["boot_epoch"] = self._boot_epoch
-        block.write_curves(self._curves)
+        curves, costs = self._curves, self._costs
+        twin.curves(curves)
+        curves["boot_epoch"] = self._boot_epoch
+        if costs is not None:
+            curves["price_fixed_ms"], curves["price_token_ms"] = costs.fixed_ms, costs.token_ms
+            curves["price_token_context_ms"] = costs.token_context_ms
+            curves["price_row_ms"][: len(costs.row_ms)] = costs.row_ms
+        curves["price_state"] = self._prices.state
+        curves["price_batches"] = self._prices.batches
+        block.write_curves(curves)
+
+    def _look_at_gate(self) -> None:
+        """Whether decide says that traffic changes: what is measured then is no price."""
+        now = self._clock_ns()
+        if now < self._look_at_ns:
+            return
+        self._look_at_ns = now + int(GATE_LOOK_S * 1e9)
+        if self._decisions is None:
+            self._decisions = SidecarView.open(self._config.run_dir)
+        else:
+            self._decisions.refresh()
+        newest = self._decisions.read_decisions(1)
+        self._burst = len(newest) > 0 and int(newest[0]["gate_phase"]) == Phase.BURST
 
     def _say(self, problem: str) -> None:
         """Once per problem; views stay as they are, so nothing is lost while a file is unusable."""

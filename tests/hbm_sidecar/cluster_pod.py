@@ -16,10 +16,11 @@ from hbm_operator import names
 
 from tests.hbm_sidecar.conftest import ModelServer, Sidecar, wait_until
 from tests.kube_faults import FaultProxy
+from tests.residual_model import residual_model
 
 CHART = Path(__file__).parents[2] / "charts" / "hbm-partition"
 POD = "web-0"
-CONTENT = b"a learned policy"
+CONTENT = residual_model()
 
 
 def pod(name: str) -> dict[str, Any]:

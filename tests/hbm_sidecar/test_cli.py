@@ -133,6 +133,8 @@ def test_a_second_sidecar_and_explain_over_the_socket_and_from_the_file(
     lines = shown.stdout.splitlines()
     assert len(lines) == 3
     assert "slew_per_s=0.15 " in shown.stderr
+    for layer in ("anchor", "gate", "residual", "shield"):
+        assert f"\n  {layer} " in shown.stderr
     assert running.state()["policy"] == SidecarConfig(slew_per_s=0.15).policy().flat()
     assert all("α=" in line and "mode fixed" in line for line in lines)
     running.stop()

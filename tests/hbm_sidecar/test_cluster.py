@@ -243,7 +243,7 @@ def test_an_artefact_comes_late_and_is_damaged(world: Running) -> None:
     world.until_refused("ArtefactInvalid")
     assert world.sidecar.ready()
     (world.policies / "residual.onnx").write_bytes(CONTENT)
-    assert "no learned layer" in world.until_applied(generation)["message"]
+    assert "residual_gain is 0" in world.until_applied(generation)["message"]
     (world.policies / "residual.onnx").unlink()
 
 

@@ -18,6 +18,7 @@ from hbm_operator.models.partition import HBMPartition, HBMPartitionStatus, Part
 from hbm_operator.models.policy import GovernSpec
 from hbm_pool.contracts.records import TELEMETRY
 from hbm_sidecar import cluster_status
+from hbm_sidecar.artefact import Artefact, ResidualSlot
 from hbm_sidecar.cluster import ClusterPartition, SpecRefused, bytes_of, wish_of
 from hbm_sidecar.cluster_status import (
     FIELD_MANAGER,
@@ -33,9 +34,18 @@ from hbm_sidecar.cluster_status import (
     status_of,
 )
 from hbm_sidecar.launch import LaunchError, configuration
-from hbm_sidecar.partition import ModeName, Partition, PartitionRefused
+from hbm_sidecar.log import configure
+from hbm_sidecar.partition import (
+    LocalPartition,
+    ModeName,
+    Partition,
+    PartitionRefused,
+    new_intent,
+)
 from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.residual_model import residual_model
 
 UID = "11111111-aaaa"
 STARTED = Partition()
@@ -48,7 +58,7 @@ SPEC: dict[str, Any] = {
     "moves": {"slewPerSecond": 0.1, "fraction": 0.5, "minChange": 0.03, "dwellSeconds": 4},
     "tickMilliseconds": 500,
 }
-CONTENT = b"a learned policy"
+CONTENT = residual_model((0.5, 0.0, 0.0, 0.0))
 GOOD = {"key": "residual.onnx", "sha256": hashlib.sha256(CONTENT).hexdigest()}
 
 
@@ -239,12 +249,72 @@ def test_an_artefact_that_is_missing_wrong_right_and_gone(
     assert GOOD["sha256"][:12] in source.verdict.message
     file.unlink()
     file.write_bytes(CONTENT)
-    source.poll()
-    assert source.verdict.reason == ""
-    assert "no learned layer" in source.verdict.message
+    assert source.poll(), "the intent is to name it"
+    assert f"{source.residual_hash:016x}" == GOOD["sha256"][:16]
+    assert source.verdict.reason == "ArtefactPending"
+    assert "the process that decides" in source.verdict.message
+    slot = ResidualSlot(policies.parent, 0.5, configure("test"))
+    assert slot.follow(source.residual_hash)
+    assert not source.poll()
+    assert source.verdict == ("", source.verdict.message)
+    assert "gain 0.5" in source.verdict.message
     file.unlink()
     source.poll()
     assert source.verdict.reason == "ArtefactPending"
+    assert not slot.follow(source.residual_hash), "what was loaded goes on"
+    assert slot.residual is not None
+
+
+def test_a_file_that_is_no_policy_leaves_the_one_of_before(
+    source: ClusterPartition, policies: Path
+) -> None:
+    policies.mkdir()
+    (policies / GOOD["key"]).write_bytes(CONTENT)
+    source.observe(partition(artefact=GOOD))
+    slot = ResidualSlot(policies.parent, 1.0, configure("test"))
+    assert slot.follow(source.residual_hash)
+    before = slot.residual
+    wrong = residual_model(observation_version="999")
+    named = {"key": "other.onnx", "sha256": hashlib.sha256(wrong).hexdigest()}
+    source.observe(partition(2, artefact=named))
+    assert source.verdict.reason == "ArtefactPending"
+    assert not slot.follow(source.residual_hash), "not there yet: the old one goes on"
+    (policies / "other.onnx").write_bytes(wrong)
+    source.poll()
+    assert not slot.follow(source.residual_hash)
+    assert slot.residual is before
+    source.poll()
+    assert source.verdict.reason == "ArtefactInvalid"
+    assert "version 999" in source.verdict.message
+    assert "the policy of before decides" in source.verdict.message
+    # Back to the old one: nothing has to be loaded.
+    source.observe(partition(3, artefact=GOOD))
+    assert not slot.follow(source.residual_hash)
+    source.poll()
+    assert source.verdict.reason == ""
+    source.observe(partition(4))
+    assert source.residual_hash == 0
+    assert slot.follow(0)
+    assert slot.residual is None
+
+
+def test_a_residual_of_a_flag_comes_late(tmp_path: Path) -> None:
+    file = tmp_path / "mine.onnx"
+    source = LocalPartition(
+        STARTED, tmp_path, Artefact(file, GOOD["sha256"], tmp_path, f"at {file}")
+    )
+    assert source.residual_hash == 0
+    assert str(file) in source.residual_verdict.message
+    assert not source.poll()
+    file.write_bytes(CONTENT)
+    assert source.poll()
+    intent = new_intent()
+    source.current().fill_intent(intent, 1, 1, source.residual_hash)
+    slot = ResidualSlot(tmp_path, 0.0, configure("test"))
+    assert slot.follow(int(intent["residual_hash"]))
+    source.poll()
+    assert source.residual_verdict.reason == ""
+    assert "HBM_RESIDUAL_GAIN" in source.residual_verdict.message
 
 
 def test_an_artefact_that_cannot_be_one(source: ClusterPartition, policies: Path) -> None:

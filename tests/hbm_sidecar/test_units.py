@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hbm_policy import Reason
-from hbm_pool.contracts.records import DECISION, TELEMETRY
+from hbm_policy import PriceState, Reason
+from hbm_pool.contracts.records import CURVES, DECISION, TELEMETRY
 from hbm_sidecar.cluster_link import KubeMetrics
+from hbm_sidecar.contributions import block, prices
 from hbm_sidecar.explain import explained, human_line, reason_codes, to_json
 from hbm_sidecar.launch import LaunchError, configuration
 from hbm_sidecar.metrics import SidecarMetrics
@@ -153,6 +154,47 @@ def test_any_record_can_be_explained(reasons: int, mode: int, number: float) -> 
     assert len(found["reasons"]) == reasons.bit_count()
     assert "NaN" not in to_json([found])
     assert human_line(found)
+
+
+def test_what_each_layer_added_in_words_and_numbers() -> None:
+    reasons = int(Reason.RESIDUAL | Reason.RAMPING | Reason.ANCHOR_MOVED | Reason.GATE_OPEN)
+    record = decision(
+        monotonic_ns=1, tick=9, alpha=0.5, anchor=0.7, target=0.53, gain=0.034, mode=1,
+        reasons=reasons, gate_phase=1, gate_cost=1.0, gate_arrivals=-0.25, shift=-0.02,
+        fraction_scale=0.5, slew_scale=2.0, wish=0.68, goal=0.6,
+    )  # fmt: skip
+    curves, seen = np.zeros((), CURVES), np.zeros((), TELEMETRY)
+    curves["monotonic_ns"] = seen["monotonic_ns"] = 5
+    curves["price_state"], curves["price_batches"] = PriceState.LEARNED, 1234
+    curves["price_row_ms"][0], seen["cost_row_ms"][0] = 0.04, 0.01
+    curves["price_token_ms"], seen["cost_token_ms"] = 0.02, 0.02
+    said = "\n".join(block(explained(record, 0), prices(curves, seen), {}))
+    for part in (
+        "layers of tick 9",
+        "learned from measured batches (1234 batches)",
+        "row 0 0.04 (x4.00 of declared)",
+        "token 0.02 (x1.00 of declared)",
+        "α̂ 0.700, 3.40% cheaper than α 0.500: the best α changed",
+        "gate      burst; evidence of another cost 1.00, of other arrivals -0.25",
+        "shift -0.0200, part of the way x0.50",
+        "wish 0.680 -> move to 0.600, speed x2.00, command 0.530 (-0.150 of the wish)",
+        Reason.RAMPING.description,
+    ):
+        assert part in said
+    unasked = decision(tick=1)
+    said = "\n".join(block(explained(unasked, 0), {}, {"why": "", "how": "it does not count"}))
+    assert "residual  it does not count" in said
+    assert "prices" not in said
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(-(2**63), 2**63 - 1), st.floats())
+def test_any_record_has_layers(reasons: int, phase: int, value: float) -> None:
+    fields = ("anchor", "gate_cost", "shift", "fraction_scale", "slew_scale", "wish", "goal")
+    record = decision(gate_phase=phase, **dict.fromkeys(fields, value))
+    record["reasons"] = reasons
+    found = explained(record, 0)
+    assert "NaN" not in to_json([found])
+    assert len(block(found, {}, {})) == 5
 
 
 def test_every_reason_has_its_code() -> None:
