@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -121,7 +122,7 @@ def latency_distribution(arms: Iterable[ArmResult], slo_ms: float) -> str:
         axes[index].set_xscale("log")
         axes[index].set_yscale("log")
         axes[index].set_ylim(1e-3, 1.1)
-        _plain_log(axes[index].xaxis)
+        _plain_log(axes[index].xaxis, most_labels=4)
     axes[0].legend(loc="lower left")
     return _svg(figure, axes[0], "latency, ms", "share slower", legend=False)
 
@@ -150,7 +151,7 @@ def copied_bytes(arms: Iterable[ArmResult]) -> str:
                 middle, rate, color=colour, ls=style, lw=1.6, label=f"{what}, {result.arm.title}"
             )
     axes.set_ylim(bottom=0)
-    return _svg(figure, axes, "time, s", "copied from the host, MB/s")
+    return _svg(figure, axes, "time, s", "from the host, MB/s")
 
 
 def routed_requests(result: ArmResult) -> str:
@@ -214,9 +215,11 @@ def _svg(figure: Figure, axes: Axes, x: str, y: str, *, legend: bool = True) -> 
     return re.sub(r' (?:width|height)="[^"]*"', "", head) + ">" + rest
 
 
-def _plain_log(axis: Any) -> None:
-    """Ticks at 1, 2 and 5 of each decade, written as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+def _plain_log(axis: Any, most_labels: int = 12) -> None:
+    """Ticks at 1, 2 and 5 of each decade if they have room, else at 1, written as plain numbers."""
+    low, high = axis.get_view_interval()
+    room = 3.0 * math.log10(high / low) <= most_labels
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if room else (1.0,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 

@@ -107,7 +107,7 @@ def test_a_server_that_dies_ends_the_demo_with_its_name(tmp_path: Path, marked, 
     until(lambda: living() == [], "no process is left")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 def test_two_demos_side_by_side(tmp_path: Path, marked) -> None:
     """The whole demo, short, while a second one runs with the same output folder."""
     environment, _ = marked
@@ -138,7 +138,11 @@ def test_two_demos_side_by_side(tmp_path: Path, marked) -> None:
             [*flags, "--columns", "when,who,what"],
         )
     ]
-    outputs = [process.communicate(timeout=300) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.terminate()
     assert [process.returncode for process in processes] == [0, 0], outputs
     full, small = (json.loads(stdout) for stdout, _ in outputs)
     folders = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
