@@ -1,4 +1,7 @@
-"""`hbm sidecar` and `hbm explain`. Light to import: what is heavy is imported by the command."""
+"""`hbm sidecar`, `hbm explain` and `hbm replay-decisions`.
+
+Light to import: what is heavy is imported by the command.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ def _app(name: str) -> typer.Typer:
     )
 
 
+replay = _app("replay-decisions")
 sidecar = _app("sidecar")
 explain = _app("explain")
 
@@ -275,6 +279,38 @@ def run_sidecar(
         launch(given)
     except LaunchError as error:
         _fail("hbm sidecar", str(error))
+
+
+@replay.command("replay-decisions")
+def run_replay(
+    log: Annotated[Path, typer.Argument(help="File of `hbm sidecar --decision-log`.")],
+    residuals: Annotated[
+        Path | None,
+        typer.Option(help="Directory of residual-HASH.onnx; by default the log's own."),
+    ] = None,
+) -> None:
+    """Decide a log of decisions again and compare, bit for bit.
+
+    Exit 0: all the same; 1: the first difference is said; 2: this is no log that can be replayed.
+    """
+    from hbm_policy.replay import ReplayError
+    from hbm_policy.replay import replay as decide_again
+
+    try:
+        with log.open(encoding="utf-8", newline="\n") as lines:
+            found = decide_again(lines, residuals or log.parent)
+    except (OSError, UnicodeDecodeError) as error:
+        _fail("hbm replay-decisions", f"{log} cannot be read ({error})")
+    except ReplayError as error:
+        _fail("hbm replay-decisions", f"{log}: {error}")
+    difference = found.difference
+    if difference is not None:
+        typer.echo(
+            f"line {difference.line}: {difference.field} was {difference.recorded!r} and is "
+            f"{difference.replayed!r} ({found.decisions} decisions before it are the same)"
+        )
+        raise typer.Exit(1)
+    typer.echo(f"{found.decisions} decisions are the same, bit for bit")
 
 
 @explain.command("explain")

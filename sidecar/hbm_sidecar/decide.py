@@ -41,6 +41,7 @@ from pydantic import ValidationError
 
 from hbm_sidecar.artefact import ResidualSlot
 from hbm_sidecar.config import SidecarConfig
+from hbm_sidecar.decision_log import DecisionLog
 from hbm_sidecar.log import configure
 from hbm_sidecar.pace import Pace
 from hbm_sidecar.signals import SignalWait
@@ -123,6 +124,9 @@ class Decider:
         self._pack_command = self._pack_decision = self._pack_dry
         self._said_dead = 0
         self._problems: dict[str, str] = {}
+        self._record: DecisionLog | None = None
+        if config.decision_log is not None:
+            self._record = DecisionLog(config.decision_log, config.decision_log_bytes, log)
 
     # -- before the tick -------------------------------------------------------------------------
 
@@ -250,6 +254,8 @@ class Decider:
         decision, began_ns, stored_ns = self._carry_out(
             server, self._pack_command, block.write_command, block.command
         )
+        if self._record is not None:
+            self._keep(self._record, server, decision, began_ns)
         self._state = decision.state
         dead = decision.reasons & _DEAD
         if dead and dead == self._said_dead:
@@ -271,6 +277,16 @@ class Decider:
             *_contributions(decision),
         )
         block.push_decision(block.decision)
+
+    def _keep(
+        self, record: DecisionLog, server: ServerView, decision: Decision, began_ns: int
+    ) -> None:
+        """The reading is made again: telemetry, intent and curve lie where they were read."""
+        assert self._intake is not None
+        reading = self._intake.reading(
+            began_ns, server.boot_epoch, self._telemetry, self._known_intent, self._known_curves
+        )
+        record.add(self._policy, self._residual.used, self._state, reading, decision)
 
 
 class Metronome:
