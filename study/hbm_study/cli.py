@@ -181,6 +181,33 @@ def freeze(
 
 
 @app.command()
+def tune(
+    arm: Annotated[str, typer.Argument(help="Arm whose parameters are searched.")],
+    trials: Annotated[int, typer.Option(min=1, help="Settings tried, the present one first.")] = 40,
+    episodes: Annotated[
+        int, typer.Option(min=1, max=1000, help="Training episodes, seeds 1000 on.")
+    ] = 10,
+    held: Annotated[
+        int, typer.Option(min=0, max=100, help="Validation episodes, seeds 2000 on.")
+    ] = 10,
+    library: Annotated[
+        Path | None, typer.Option(help="Folder that keeps simulated episodes.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="No trial begins after this.")] = 30.0,
+    write: Annotated[bool, typer.Option("--write", help="Change the arm's own file.")] = False,
+) -> None:
+    """Searches an arm's parameters on training seeds and says what they are worth on others."""
+    from hbm_study.arms import ArmError
+    from hbm_study.tuning import tune_arm
+
+    try:
+        for line in tune_arm(arm, trials, episodes, held, library, 60.0 * minutes, write):
+            typer.echo(line)
+    except ArmError as error:
+        _refuse(str(error))
+
+
+@app.command()
 def train(
     out: Annotated[
         Path | None, typer.Option(help="Folder of models (default: that of the package).")

@@ -149,7 +149,6 @@ def totals(run: Run) -> dict[str, Any]:
         "refill_bytes": run.total_refill_bytes,
         "foreground_bytes": run.foreground_bytes,
         "critical_share": run.critical_share,
-        "integrity": list(run.integrity),
     }
 
 
@@ -162,7 +161,6 @@ def no_moves(data: SceneData, outcome: Outcome) -> dict[str, Any]:
         "refill_bytes": 0.0,
         "foreground_bytes": float(outcome.missed_rows.sum()) * row_bytes,
         "critical_share": 0.0,
-        "integrity": [],
     }
 
 

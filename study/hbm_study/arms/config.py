@@ -36,6 +36,8 @@ class _Arm(BaseModel):
 
     description: str
     """One sentence for tables."""
+    tuned: str = ""
+    """How its parameters were found; empty: by hand."""
     drop_only: bool = False
     """Extents that EMB gives up are handed over at once and their rows dropped, instead of
     relocating referenced rows slice by slice."""
@@ -206,9 +208,15 @@ def load_arm(source: str) -> ArmConfig:
             if parameter is None:
                 raise ArmError(f"{source}: {family} takes no number")
             raw = {**raw, parameter: float(numbered["number"])}
-        return _ADAPTER.validate_python(raw)
     except yaml.YAMLError as error:
         raise ArmError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+    return parse_arm(source, raw)
+
+
+def parse_arm(source: str, raw: Any) -> ArmConfig:
+    """A configuration from plain data; `source` is its name in errors. Raises `ArmError`."""
+    try:
+        return _ADAPTER.validate_python(raw)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in problem["loc"])

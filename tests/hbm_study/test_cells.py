@@ -1,0 +1,153 @@
+"""Cells: kept whole, found again, never taken for another; suites go on where they ended."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hbm_study.arms import load_arm
+from hbm_study.backends import JoblibBackend
+from hbm_study.cells import Cell, Scene, Store, cell_key
+from hbm_study.evaluate import evaluate
+from hbm_study.results import BEST_STATIC, Results
+from hbm_study.run import Plan, run_suite
+from hbm_study.scene import SceneData
+from hbm_study.suite import Block, Suite, SuiteError, load_suite
+
+ARMS = ("static-0.20", "static-0.50", "static-0.80", "oracle-free", "twin")
+
+
+def _suite(workload: Path, seeds: int = 2) -> Suite:
+    block = Block(workloads=(str(workload),), loads=("0.8",), seeds=seeds, arms=("all",))
+    return Suite(schema_version=1, description="test", arm_lists={"all": ARMS}, blocks=(block,))
+
+
+@pytest.mark.parametrize("name", ["smoke", "paper", "full"])
+def test_shipped_suites_name_known_arms_and_scenes(name: str) -> None:
+    cells = load_suite(name).cells()
+    assert cells
+    assert len(set(cells)) == len(cells)
+    for arm in {cell.arm for cell in cells}:
+        load_arm(arm)
+
+
+def test_an_unknown_suite_is_refused() -> None:
+    with pytest.raises(SuiteError, match="known: smoke, paper, full"):
+        load_suite("huge")
+
+
+def test_first_seeds_of_everything_come_first() -> None:
+    seeds = [cell.scene.seed for cell in load_suite("paper").cells()]
+    assert seeds == sorted(seeds)
+
+
+def test_a_key_changes_with_all_that_a_result_depends_on() -> None:
+    cell = Cell(Scene("a", "1.0", "serial", 1), "pid")
+    keys = {
+        cell_key(cell, "w", {"p": 1}),
+        cell_key(cell, "v", {"p": 1}),
+        cell_key(cell, "w", {"p": 2}),
+        cell_key(cell._replace(scene=cell.scene._replace(seed=2)), "w", {"p": 1}),
+        cell_key(cell._replace(arm="twin"), "w", {"p": 1}),
+    }
+    assert len(keys) == 5
+
+
+def test_a_cell_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save("k", {"a": 1.5, "b": [math.nan]}, {"time_s": [0.25, 0.5]})
+    assert store.load("k") == {"a": 1.5, "b": [None]}
+    ticks = store.ticks("k")
+    assert ticks is not None
+    assert ticks["time_s"].tolist() == [0.25, 0.5]
+    with pytest.raises(KeyError):
+        store.load("other")
+
+
+def test_a_suite_without_time_runs_nothing_and_goes_on_later(
+    workload_file: Path, tmp_path: Path, cache: Path
+) -> None:
+    plan, store = Plan.of(_suite(workload_file)), Store(tmp_path)
+    backend = JoblibBackend(1)
+    left = run_suite(plan, store, cache, backend, 0.0, lambda done: None)
+    assert len(left) == len(plan.cells) == 2 * len(ARMS)
+    seen: list[str] = []
+    left = run_suite(plan, store, cache, backend, 600.0, lambda done: seen.extend(done.finished))
+    assert left == {}
+    assert len(seen) == len(plan.cells)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    assert run_suite(plan, store, cache, backend, 600.0, lambda done: None) == {}
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()} == written
+
+
+def test_worker_processes_finish_the_same_cells(
+    workload_file: Path, tmp_path: Path, cache: Path
+) -> None:
+    plan = Plan.of(_suite(workload_file))
+    one, two = Store(tmp_path / "one"), Store(tmp_path / "two")
+    run_suite(plan, one, cache, JoblibBackend(1), 600.0, lambda done: None)
+    run_suite(plan, two, cache, JoblibBackend(2), 600.0, lambda done: None)
+    for key in plan.cells.values():
+        first, second = one.load(key), two.load(key)
+        first.pop("seconds")
+        second.pop("seconds")
+        assert first == second
+
+
+def test_curves_and_statics_from_the_cache_are_those_that_were_computed(
+    scene: Scene, tmp_path: Path
+) -> None:
+    fresh, again = SceneData(scene, tmp_path), SceneData(scene, tmp_path)
+    for name in ("static-0.50", "twin-adapter-gate"):
+        first, _ = evaluate(fresh, name, load_arm(name))
+        second, _ = evaluate(again, name, load_arm(name))
+        assert str(first) == str(second)
+
+
+def test_kept_statics_serve_another_load_and_overlap_exactly(scene: Scene, tmp_path: Path) -> None:
+    SceneData(scene, tmp_path).static(0.5)
+    other = scene._replace(load="1.1", gather="overlap")
+    kept = SceneData(other, tmp_path).static(0.5)
+    fresh = SceneData(other, tmp_path / "empty").static(0.5)
+    assert kept.latency_ms == pytest.approx(fresh.latency_ms)
+    assert kept.service_ms == pytest.approx(fresh.service_ms)
+
+
+def test_figures_are_over_offered_requests(data: SceneData) -> None:
+    result, ticks = evaluate(data, "twin", load_arm("twin"))
+    counted = int(data.stream.counted.sum())
+    assert result["pooled"]["requests"] == counted
+    assert sum(each["requests"] for each in result["regimes"].values()) == counted
+    assert sum(result["latency_histogram"]) == counted - result["pooled"]["refused"]
+    assert ticks is not None
+    assert len(ticks["alpha"]) == len(ticks["time_s"])
+
+
+def test_no_static_beats_the_free_oracle_in_mean_service(data: SceneData) -> None:
+    oracle, _ = evaluate(data, "oracle-free", load_arm("oracle-free"))
+    for name in ("static-0.20", "static-0.50", "static-0.80"):
+        static, _ = evaluate(data, name, load_arm(name))
+        assert static["pooled"]["service_ms"] >= oracle["pooled"]["service_ms"] * 0.999
+        assert static["regret"] >= -0.001
+
+
+def test_the_best_static_is_chosen_over_all_shared_seeds() -> None:
+    def cell(arm: str, seed: int, p99_ms: float) -> dict[str, object]:
+        scene = Scene("w", "1.0", "serial", seed)
+        return {"scene": scene._asdict(), "arm": arm, "pooled": {"p99_ms": p99_ms}, "regimes": {}}
+
+    cells = [
+        cell("static-0.20", 1, 10.0),
+        cell("static-0.20", 2, 40.0),
+        cell("static-0.50", 1, 12.0),
+        cell("static-0.50", 2, 30.0),
+        cell("twin", 1, 11.0),
+        cell("twin", 2, 27.0),
+    ]
+    results = Results(cells)
+    scene = results.scenes[0]
+    assert results.resolve(scene, BEST_STATIC) == "static-0.50"
+    seen = results.against(scene, "twin", BEST_STATIC)
+    assert seen.seeds == 2
+    assert seen.mean == pytest.approx((11.0 / 12.0 + 27.0 / 30.0) / 2.0 - 1.0)
