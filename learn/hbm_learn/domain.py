@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 TRAINING_SEEDS: Final = range(1000, 2000)
 VALIDATION_SEEDS: Final = range(2000, 2100)
-"""Never trained on. Seeds 1 to 20 with the shipped workloads are the test, and are not used here."""
+"""Never trained on. Seeds 1 to 20 with the shipped workloads are the test, not used here."""
 EXTENT_BYTES: Final = 2 << 20
 
 
@@ -63,7 +63,7 @@ class Domain(BaseModel):
     churn: Range = (0.0, 1500.0)
     """Ranks that change their item per request, in the half of the regimes that have any."""
     new_share: Range = (0.1, 0.3)
-    """Share of lookups that goes to a shelf of new rows, in the quarter of regimes that have one."""
+    """Share of lookups that goes to a shelf of new rows, in the quarter of regimes with one."""
     regimes: tuple[int, int] = (1, 3)
     """How many different regimes an episode has."""
     regime_requests: Range = (1200.0, 5000.0)
@@ -216,5 +216,3 @@ def _uniform(random: np.random.Generator, pair: tuple[float, float]) -> float:
 
 def _log_uniform(random: np.random.Generator, pair: tuple[float, float]) -> float:
     return float(np.exp(random.uniform(np.log(pair[0]), np.log(pair[1]))))
-
-

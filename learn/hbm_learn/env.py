@@ -1,8 +1,8 @@
 """Environments of the residual: the simulator's closed loop, stepped from outside.
 
-One step is `period_ticks` ticks of the loop under one action. The loop cannot be stepped, so it runs
-in a thread of its own that stands still while the learner thinks, and the other way round: no two
-of them ever run at once, and equal actions give equal episodes. Episodes end by truncation: the
+One step is `period_ticks` ticks of the loop under one action. The loop cannot be stepped, so it
+runs in a thread of its own that stands still while the learner thinks, and the other way round: no
+two of them ever run at once, and equal actions give equal episodes. Episodes end by truncation: the
 stream is over, the traffic would not be, so a learner bootstraps from the last observation.
 """
 
@@ -31,7 +31,7 @@ from hbm_learn.pupil import (
 from hbm_learn.reward import RewardConfig, Step
 
 
-class EpisodeEnv(gymnasium.Env[Features, Features]):
+class EpisodeEnv(gymnasium.Env[Features, Features]):  # type: ignore[misc]
     """What both environments share: which episode is next, and what a step of it is worth."""
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - as gymnasium declares it
@@ -54,7 +54,10 @@ class EpisodeEnv(gymnasium.Env[Features, Features]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Features, dict[str, Any]]:
-        """The first decision behind the warm-up of an episode: `options["episode"]`, or any."""
+        """The first decision behind the warm-up of an episode: `options["episode"]`, or any.
+
+        The info says by which seed it was `drawn`.
+        """
         super().reset(seed=seed)
         chosen = (options or {}).get("episode")
         if chosen is None:
@@ -62,7 +65,7 @@ class EpisodeEnv(gymnasium.Env[Features, Features]):
         self._episode = self.library.episode(int(chosen))
         self._steps = 0
         self._observed = to_features(self._begin(self._episode))
-        return self._observed, {"episode": int(chosen)}
+        return self._observed, {"drawn": int(chosen)}
 
     def step(self, action: Features) -> tuple[Features, float, bool, bool, dict[str, Any]]:
         """One period under `action`."""
@@ -71,12 +74,16 @@ class EpisodeEnv(gymnasium.Env[Features, Features]):
         observed, happened = self._go(to_action(action))
         reward = self._worth(happened)
         self._steps += 1
-        info = {"episode": self._episode.seed, "happened": happened}
+        info = {"drawn": self._episode.seed, "happened": happened}
         if observed is None:
             self._episode = None
             return self._observed, reward, False, True, info
         self._observed = to_features(observed)
         return self._observed, reward, False, False, info
+
+    def share(self, other: EpisodeEnv) -> None:
+        """Both keep what they learn about episodes in one place."""
+        self._without = other._without
 
     def _worth(self, happened: Step) -> float:
         worth = happened.reward(self._reward)

@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -113,9 +114,7 @@ def make_episode(domain: Domain, seed: int) -> Episode:
     service = service_ms(tables, spec.info.cost_model == CostModel.OVERLAP)
     lengths = [phase.requests for phase in drawn.phases]
     edges = np.concatenate([[0], np.cumsum(lengths)])
-    best = np.array(
-        [service[a:b].mean(axis=0).min() for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    )
+    best = np.array([service[a:b].mean(axis=0).min() for a, b in pairwise(edges.tolist())])
     gaps = np.diff(stream.arrival_s, prepend=0.0) * np.repeat(best / 1e3 / drawn.loads, lengths)
     stream = dataclasses.replace(stream, arrival_s=np.cumsum(gaps))
     spec = _spec(drawn, float(np.average(best, weights=lengths)))
@@ -131,7 +130,9 @@ def _tables(stream: Stream, spec: NodeSpec, alphas: npt.NDArray[np.float64]) -> 
         outcome = node.outcome
         assert outcome is not None
         columns.append([getattr(outcome, name) for name in Tables._fields])
-    return Tables(*(np.stack(each, axis=1).astype(np.float32) for each in zip(*columns, strict=True)))
+    return Tables(
+        *(np.stack(each, axis=1).astype(np.float32) for each in zip(*columns, strict=True))
+    )
 
 
 def _spec(drawn: Drawn, best_ms: float) -> NodeSpec:
@@ -201,7 +202,9 @@ class Library:
             drawn = draw(self.domain, seed)
             slo_ms = float(held["slo_ms"])
             spec = _spec(drawn, slo_ms / drawn.slo_factor)
-            columns = {field.name: held[f"stream_{field.name}"] for field in dataclasses.fields(Stream)}
+            columns = {
+                field.name: held[f"stream_{field.name}"] for field in dataclasses.fields(Stream)
+            }
             stream = Stream(
                 **{
                     **columns,

@@ -27,11 +27,12 @@ from hbm_learn.env import EpisodeEnv
 from hbm_learn.episode import TICK_S, WINDOW_REQUESTS, Episode, Library, around
 from hbm_learn.pupil import NO_ACTION, TRAINED_STACK, Asking
 from hbm_learn.reward import RewardConfig, Step
-from hbm_learn.table_kernel import TableNode, percentile_ms, serve_from_tables
+from hbm_learn.table_kernel import TableNode, percentiles_ms, serve_from_tables
 
 SETTLING: Final = 24
 """Decisions before the first that counts: averages and the gate learn what is normal."""
 _AUTO: Final = int(Mode.AUTO)
+_TIMES: Final = slice(at.GATHER, at.SERVICE + 1)
 
 
 class _Prepared(NamedTuple):
@@ -72,9 +73,15 @@ class TableEnv(EpisodeEnv):
         self._prepared: dict[int, _Prepared] = {}
         self._state = PolicyState()
 
+    def share(self, other: EpisodeEnv) -> None:
+        """The tables in the node's form, too."""
+        super().share(other)
+        if isinstance(other, TableEnv):
+            self._prepared = other._prepared
+
     def _steps_without(self, episode: Episode) -> list[Step]:
         env = TableEnv(self.library, self.seeds, self._reward, self.period_ticks)
-        env._prepared = self._prepared
+        env.share(self)
         env._begin(episode)
         steps = []
         while True:
@@ -148,49 +155,43 @@ class TableEnv(EpisodeEnv):
 
     def _read(self) -> Reading:
         """As the sidecar would read the records of such a node."""
-        info, state = self._this.spec.info, self._node_state
+        info, state = self._this.spec.info, self._node_state.tolist()
         counts = [int(value) for value in state[at.REQUESTS : at.MISSES + 1]]
         requests, hits, reused, computed, accesses, misses = counts
         now_ns = tick_ns(self._period * self.period_ticks - 1, TICK_S)
-        slo_ms = info.slo_ms
+        p50_ms, p99_ms = percentiles_ms(self._bins, info.slo_ms)
+        alpha, low, high = self._alpha, info.alpha_min, info.alpha_max
+        curve = self._now.curves[min(self._period, len(self._now.curves)) - 1]
+        traffic = Traffic(
+            0, 0, p50_ms, p99_ms, 0, requests, hits, reused, computed, misses, *state[_TIMES]
+        )
         return Reading(
-            now_ns=now_ns,
+            now_ns,
             boot_epoch=1,
             telemetry_ns=now_ns,
             telemetry_epoch=1,
-            alpha=self._alpha,
-            alpha_target=self._alpha,
+            alpha=alpha,
+            alpha_target=alpha,
             command_generation=max(1, self._state.generation),
             moving=False,
             draining=False,
             requests=requests,
             emb_accesses=accesses,
-            emb_slots=round(self._alpha * info.extents) * info.classes[0].rows_per_extent,
+            emb_slots=round(alpha * info.extents) * info.classes[0].rows_per_extent,
             refill_backlog_rows=0,
             link_busy=0.0,
             extents=info.extents,
-            server_alpha_min=info.alpha_min,
-            server_alpha_max=info.alpha_max,
+            server_alpha_min=low,
+            server_alpha_max=high,
             mode=_AUTO,
-            alpha_min=info.alpha_min,
-            alpha_max=info.alpha_max,
+            alpha_min=low,
+            alpha_max=high,
             alpha_fixed=math.nan,
             refill_bytes_per_s=self._this.drawn.refill_bytes_per_s,
-            curve=self._now.curves[min(self._period, len(self._now.curves)) - 1],
+            curve=curve,
             pool_bytes=info.extents * info.extent_bytes,
-            slo_ms=slo_ms,
-            traffic=Traffic(
-                latency_p50_ms=percentile_ms(self._bins, 0.5, slo_ms),
-                latency_p99_ms=percentile_ms(self._bins, 0.99, slo_ms),
-                kv_lookups=requests,
-                kv_hits=hits,
-                kv_tokens_reused=reused,
-                kv_tokens_computed=computed,
-                emb_misses=misses,
-                gather_ms=float(state[at.GATHER]),
-                compute_ms=float(state[at.COMPUTE]),
-                service_ms=float(state[at.SERVICE]),
-            ),
+            slo_ms=info.slo_ms,
+            traffic=traffic,
         )
 
     def _prepare(self, episode: Episode) -> _Prepared:

@@ -135,14 +135,19 @@ def serve_from_tables(
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def percentile_ms(bins: npt.NDArray[np.float64], share: float, slo_ms: float) -> float:
-    """The latency below which that share of the recent ones lies; 0 before the first."""
-    wanted = share * bins.sum()
-    if wanted <= 0.0:
-        return 0.0
-    seen = 0.0
+def percentiles_ms(bins: npt.NDArray[np.float64], slo_ms: float) -> tuple[float, float]:
+    """P50 and P99 of the latencies of late; 0 before the first."""
+    total = bins.sum()
+    median, seen = -1, 0.0
+    if total <= 0.0:
+        return 0.0, 0.0
     for k in range(BINS):
         seen += bins[k]
-        if seen >= wanted:
-            return float(slo_ms * 2.0 ** ((k + 0.5 - GOAL_BIN) / PER_DOUBLING))
-    return float(slo_ms * 2.0 ** ((BINS - GOAL_BIN) / PER_DOUBLING))
+        if median < 0 and seen >= 0.5 * total:
+            median = k
+        if seen >= 0.99 * total:
+            break
+    return (
+        slo_ms * 2.0 ** ((median + 0.5 - GOAL_BIN) / PER_DOUBLING),
+        slo_ms * 2.0 ** ((k + 0.5 - GOAL_BIN) / PER_DOUBLING),
+    )
