@@ -14,12 +14,14 @@ _SHORT_HELP = {
     "bench": "Benchmarks: each number of the documentation, with its reference beside it.",
     "demo": "The whole system on this machine, under load, in a few minutes.",
     "explain": "Why the sidecar took its last decisions.",
+    "export": "A trained residual as the ONNX file that sidecars load, with its card.",
     "operator": "The Kubernetes operator: controller, webhook, custom resources.",
     "plan": "What a pool of a given size holds, before anything starts.",
     "router": "Ingress router: sends each user to the pod that holds them.",
     "serve": "Reference model server over one pool for rows and KV pages.",
     "sidecar": "Decides α for the model server beside it.",
     "sweep": "Exhaustive static sweep: the best α of a workload, by simulation.",
+    "train": "Train the learned residual on the simulator.",
 }
 
 
