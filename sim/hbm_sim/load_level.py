@@ -43,11 +43,10 @@ def phase_rates(workload: Workload, phases: list[Phase], rows: Rows = "tz") -> l
 
 def capacity_per_s(workload: Workload, regime: Regime, rows: Rows = "tz") -> float:
     """Highest rate of one regime at which its best static α meets the SLO at P99."""
-    key = _key(workload, regime, rows)
-    known = _shipped().get(key)
+    known = shipped_capacity(workload, regime, rows)
     if known is not None:
-        return float(known)
-    kept = _cache_folder() / f"{key}.json"
+        return known
+    kept = _cache_folder() / f"{_key(workload, regime, rows)}.json"
     try:
         return float(json.loads(kept.read_text())["per_s"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -61,6 +60,11 @@ def capacity_per_s(workload: Workload, regime: Regime, rows: Rows = "tz") -> flo
     except OSError:
         pass  # a read-only home: found again next time
     return found
+
+
+def shipped_capacity(workload: Workload, regime: Regime, rows: Rows = "tz") -> float | None:
+    """The capacity kept beside the shipped workloads, if it is there."""
+    return _shipped().get(_key(workload, regime, rows))
 
 
 def _key(workload: Workload, regime: Regime, rows: Rows) -> str:
@@ -138,3 +142,35 @@ def _rate_within(
         else:
             high = middle
     return low
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Finds what `workloads/rates.json` lacks and writes it there."""
+    import argparse
+
+    from hbm_sim.workload import load_workload, workloads
+
+    parser = argparse.ArgumentParser(prog="python -m hbm_sim.load_level", description=main.__doc__)
+    parser.add_argument("--workloads", default=",".join(workloads()))
+    parser.add_argument("--gather", default="serial,overlap")
+    parser.add_argument("--rows", default="tz", help="tz, lru or both")
+    chosen = parser.parse_args(arguments)
+    path = Path(str(files("hbm_sim") / "workloads" / "rates.json"))
+    for name in chosen.workloads.split(","):
+        for gather in chosen.gather.split(","):
+            workload = load_workload(name).with_gather(gather)
+            for rows in chosen.rows.split(","):
+                for phase in workload.phases():
+                    known = json.loads(path.read_text()) if path.exists() else {}
+                    key = _key(workload, phase.regime, rows)
+                    if key not in known:
+                        known[key] = round(find_capacity(workload, phase.regime, rows), 4)
+                        print(
+                            f"{name} {gather} {rows} {phase.name}: {known[key]} per s", flush=True
+                        )
+                        path.write_text(json.dumps(known, indent=0, sort_keys=True) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

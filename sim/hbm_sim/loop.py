@@ -109,8 +109,6 @@ class Run:
     foreground_bytes: float
     critical_share: float
     """Of the requests' copies, how many waited for one of the refiller."""
-    integrity: tuple[str, ...] = ()
-    """What was found wrong in the node at the end; empty."""
 
 
 def run_node(
@@ -236,7 +234,6 @@ class _Loop:
             total_refill_bytes=float(columns["refill"].sum()),
             foreground_bytes=node.foreground_bytes,
             critical_share=node.critical_share,
-            integrity=tuple(node.check_integrity()),
         )
 
     def _observe(self, tick: int, time_s: float) -> Observation:
