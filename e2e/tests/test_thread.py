@@ -108,6 +108,17 @@ def client(cluster: AnyCluster, tmp_path_factory: pytest.TempPathFactory) -> Cli
     return ProxyClient(tmp_path_factory.mktemp("client"))
 
 
+COMPILED = """
+import os
+from pathlib import Path
+def kernels(variable):
+    folder = Path(os.environ[variable])
+    return {str(path.relative_to(folder)) for path in folder.rglob("*.nb*")}
+print(len(kernels("HBM_KERNELS_DIR")), *(kernels("NUMBA_CACHE_DIR") - kernels("HBM_KERNELS_DIR")))
+"""
+"""How many kernels the sidecar's image ships, and which ones its pod has had to compile besides."""
+
+
 def columns(models: Models, *headings: str) -> list[tuple[str, ...]]:
     """Of what `kubectl get hbmp` prints."""
     return [
@@ -181,6 +192,11 @@ def test_auto_moves_alpha_where_the_load_wants_it(models: Models, client: Client
         wait_for(moved, 240, "α to go down in both", 1, lambda: models.kubectl("get", "hbmp"))
         table = models.kubectl("get", "hbmp")
     assert sent.failures == []
+    for pod in models.servers():
+        said = models.kubectl.exec(pod, "python3", "-c", COMPILED, container="hbm-sidecar")
+        shipped, *compiled = said.split()
+        assert int(shipped) > 0
+        assert compiled == []
     for row in rows(table):
         blank = [heading for heading, cell in row.items() if not cell]
         assert not blank, table
