@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 import matplotlib
+from PIL import Image
 
 matplotlib.use("agg")
 from matplotlib.axes import Axes
@@ -22,6 +26,10 @@ COLUMNS: Final = 24
 INCHES_PER_COLUMN: Final = 0.58
 INCHES_PER_ROW: Final = 0.27
 ROWS_OF_MARGIN: Final = 1
+LONG_NAME: Final = 22
+GAP_STEPS: Final = 3
+COLOURS_OF_PNG: Final = 96
+"""Kept when it is written: a third of the size."""
 MAX_LINES: Final = 8
 """Named in a legend; the rest is drawn without."""
 COLOURS: Final = (
@@ -48,7 +56,10 @@ def draw(dashboard: Mapping[str, Any], answers: Sequence[Answers], path: Path) -
         axes.set_title(panel["title"], fontsize=8, loc="left", pad=3)
         _DRAWN[panel["type"]](axes, panel, next(waiting))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    whole = BytesIO()
+    figure.savefig(whole)
+    with Image.open(whole) as image:
+        image.convert("RGB").quantize(COLOURS_OF_PNG).save(path, optimize=True)
 
 
 def shown(value: float, unit: str) -> str:
@@ -90,7 +101,7 @@ def _lines(axes: Axes, panel: Mapping[str, Any], answers: Answers) -> None:
     custom = panel["fieldConfig"]["defaults"].get("custom", {})
     stacked = custom.get("stacking", {}).get("mode") == "normal"
     lines = [
-        (named(asked.legend, one.labels), one.points)
+        (_short(named(asked.legend, one.labels)), _with_gaps(one.points))
         for asked, found in answers
         for one in found
         if one.points
@@ -109,6 +120,7 @@ def _lines(axes: Axes, panel: Mapping[str, Any], answers: Answers) -> None:
             )
             floor |= {at: value for (at, _), value in zip(points, values, strict=True)}
     axes.set_ylim(bottom=0, top=panel["fieldConfig"]["defaults"].get("max"))
+    axes.margins(x=0.01)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, unit)))
     axes.xaxis.set_major_formatter(FuncFormatter(_clock))
     axes.tick_params(labelsize=6, length=2)
@@ -120,12 +132,28 @@ def _lines(axes: Axes, panel: Mapping[str, Any], answers: Answers) -> None:
             *(axes.get_legend_handles_labels()),
             loc="upper left",
             bbox_to_anchor=(-0.02, -0.1),
-            ncols=4,
+            ncols=4 if max(len(name) for name, _ in lines) < LONG_NAME else 2,
             fontsize=5.5,
             frameon=False,
             handlelength=1,
             columnspacing=0.8,
         )
+
+
+def _with_gaps(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """With a NaN wherever a series was away, so that no line is drawn over it."""
+    step = min((b - a for (a, _), (b, _) in pairwise(points)), default=0.0)
+    whole = points[:1]
+    for (before, _), point in pairwise(points):
+        if point[0] - before > GAP_STEPS * step:
+            whole.append((before + step, math.nan))
+        whole.append(point)
+    return whole
+
+
+def _short(name: str) -> str:
+    """The end of a long name: there names of pods and nodes differ."""
+    return name if len(name) <= LONG_NAME else f"…{name[-LONG_NAME:]}"
 
 
 def _clock(at: float, _: int) -> str:
