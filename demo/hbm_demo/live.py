@@ -119,7 +119,7 @@ def plain_line(arm: Arm, progress: dict[str, Any], samples: Sequence[NodeSample]
     return (
         f"{arm.name} {progress['regime']} {progress['finished']}/{progress['total']} "
         f"P50 {_number(progress['p50_ms'], '{:.1f}')} ms "
-        f"P{progress['tail_percentile']} {_number(progress['p99_ms'], '{:.1f}')} ms "
+        f"P{progress['tail_percentile']} {_number(progress['tail_ms'], '{:.1f}')} ms "
         f"SLO {_percent(progress['slo_attainment'])} KV {_percent(progress['kv_hit_rate'])} "
         f"EMB {_percent(progress['emb_hit_rate'])} errors {progress['errors']} "
         f"dropped {progress['dropped']} | {nodes.rstrip(';')}"
@@ -147,7 +147,7 @@ def _latencies(progress: dict[str, Any]) -> Text:
     text = Text()
     for label, value in (
         ("P50", _number(progress["p50_ms"], "{:.1f} ms")),
-        (f"P{progress['tail_percentile']}", _number(progress["p99_ms"], "{:.1f} ms")),
+        (f"P{progress['tail_percentile']}", _number(progress["tail_ms"], "{:.1f} ms")),
         ("SLO met", _percent(progress["slo_attainment"])),
         ("KV hits", _percent(progress["kv_hit_rate"])),
         ("EMB hits", _percent(progress["emb_hit_rate"])),

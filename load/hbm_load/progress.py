@@ -26,7 +26,9 @@ class Progress(NamedTuple):
     regime: str
     window_n: int
     p50_ms: float | None
-    p99_ms: float | None  # P95 while window_n is below 1,000: see tail_percentile
+    tail_ms: (
+        float | None
+    )  # of `tail_percentile`: P99 from 1,000 requests in the window on, else P95
     tail_percentile: int
     slo_attainment: float | None
     kv_hit_rate: float | None
@@ -82,7 +84,7 @@ class ProgressCounter:
             regime=records.labels[records.regime[self._newest]],
             window_n=len(answered),
             p50_ms=float(np.percentile(answered, 50)) if len(answered) else None,
-            p99_ms=float(np.percentile(answered, tail)) if len(answered) else None,
+            tail_ms=float(np.percentile(answered, tail)) if len(answered) else None,
             tail_percentile=tail,
             slo_attainment=float(np.mean(within)) if within else None,
             kv_hit_rate=_kv_hits(records, window),

@@ -21,7 +21,7 @@ from hbm_load.errors import LogError
 from hbm_load.histories import StoredHistories
 from hbm_load.log_times import TimeUnit, WrittenTime, unix_seconds, written_time
 from hbm_load.quoting import Rejected, shortened
-from hbm_load.trace import Trace, earlier_sum
+from hbm_load.trace import Trace, earlier_sum, equal_parts
 
 _QUOTED = 10
 _MAX_LINE_BYTES = 4 << 20
@@ -164,15 +164,15 @@ def _trace(
         )
     starts = np.concatenate([[0], np.cumsum(counts)])
     rows = _candidates(flat, starts, counts, asked, candidates, np.random.default_rng([seed, 4]))
-    position = np.arange(len(asked)) * parts / len(asked)
+    part, settled = equal_parts(len(asked), parts)
     trace = Trace(
         name=name,
         seed=seed,
         catalogue=size,
-        labels=tuple(f"part-{part + 1}" for part in range(parts)),
+        labels=tuple(f"part-{number + 1}" for number in range(parts)),
         time_s=time_s[asked] - time_s[asked[0]],
-        regime=position.astype(np.int16),
-        settled=position % 1.0 >= 0.5,
+        regime=part,
+        settled=settled,
         user=user[asked],
         history_length=length[asked],
         query_time=seconds[asked],

@@ -104,7 +104,8 @@ class Trace:
     def compressed(self, duration_s: float, max_rate_per_s: float) -> Trace:
         """The leading requests, replayed within `duration_s` at no more than a mean rate.
 
-        For logs, whose own clock may span days; gaps keep their proportions.
+        For logs, whose own clock may span days; gaps keep their proportions. As many parts as
+        before, of what is left.
         """
         if not (duration_s > 0.0 and max_rate_per_s > 0.0):
             raise ValueError(
@@ -115,7 +116,10 @@ class Trace:
         # One mean gap after the last request, so that the rate is the one asked for.
         span = float(part.time_s[-1] - part.time_s[0]) * (len(part) + 1) / len(part)
         scale = duration_s / span if span > 0.0 else 0.0
-        return dataclasses.replace(part, time_s=(part.time_s - part.time_s[0]) * scale)
+        regime, settled = equal_parts(len(part), len(self.labels))
+        return dataclasses.replace(
+            part, time_s=(part.time_s - part.time_s[0]) * scale, regime=regime, settled=settled
+        )
 
     def fingerprint(self) -> str:
         """Hash of all columns and of a sample of histories: equal traces, equal hash."""
@@ -152,3 +156,10 @@ def earlier_sum(
     earlier = np.empty(len(user), dtype=np.int64)
     earlier[order] = running - running[starts][user[order]]
     return earlier
+
+
+def equal_parts(count: int, parts: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.bool_]]:
+    """`Trace.regime` and `Trace.settled` of a log: parts of equally many requests, the second half
+    of each settled."""
+    position = np.arange(count) * parts / count
+    return position.astype(np.int16), position % 1.0 >= 0.5

@@ -212,7 +212,7 @@ def test_the_live_view_shows_the_state(arms: list[ArmResult], terminal: bool) ->
         "regime": "trend",
         "window_n": 40,
         "p50_ms": 5.25,
-        "p99_ms": 17.5,
+        "tail_ms": 17.5,
         "tail_percentile": 95,
         "slo_attainment": 0.975,
         "kv_hit_rate": None,

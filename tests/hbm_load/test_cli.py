@@ -27,7 +27,7 @@ def test_a_run_writes_records_and_progress_lines(tmp_path: Path, unused_port: in
     records = Records.read(path)
     assert lines[-1]["finished"] == lines[-1]["total"] == len(records)
     assert lines[-1]["errors"] == len(records)
-    assert lines[-1]["p99_ms"] is None
+    assert lines[-1]["tail_ms"] is None
     assert set(records.outcome) == {Outcome.REFUSED}
     assert records.meta["start_monotonic_ns"] > 0
 

@@ -228,6 +228,9 @@ def test_a_log_of_days_is_replayed_in_seconds(tmp_path: Path) -> None:
     assert len(fast) == 200
     assert fast.duration_s == pytest.approx(20.0, rel=0.02)
     assert fast.request(17).user_id == trace.request(17).user_id
+    # What is cut off takes no part with it: those that are named have requests.
+    assert np.bincount(fast.regime, minlength=len(fast.labels)).min() >= 66
+    assert 90 <= fast.settled.sum() <= 110
 
 
 @bounded
