@@ -20,6 +20,7 @@ _MOVED: Final = int(Reason.ANCHOR_MOVED)
 _KEPT: Final = int(Reason.ANCHOR_KEPT)
 
 
+_PLATEAU: Final = 1.01
 _new: Final = tuple.__new__
 """Makes a NamedTuple from its fields in order, in half the time of its own constructor."""
 
@@ -35,6 +36,26 @@ class Estimate(NamedTuple):
     curve_cost_ms: tuple[float, ...]  # smoothed
     curve_requests: int
     reasons: int
+    plateau: float = 0.0  # half the width of the interval in which the cost is within 1 %
+
+
+class _Digest(NamedTuple):
+    """What follows from a curve before anybody looks at telemetry, and from what it follows."""
+
+    curve: Curve | None
+    past: tuple[float, ...]
+    newest_only: bool
+    anchor_before: float
+    low: float
+    high: float
+    cost_ms: tuple[float, ...]  # empty: impossible values
+    anchor: float
+    anchor_ms: float
+    plateau: float
+    reasons: int
+
+
+_NOTHING: Final = _Digest(None, (), False, 0.0, 0.0, 0.0, (), math.nan, math.nan, 0.0, _INVALID)
 
 
 class TwinAnchor:
@@ -43,11 +64,15 @@ class TwinAnchor:
     The minimum is refined by the parabola through it and its neighbours. α̂ only follows when that
     saves more than a relative *and* an absolute dead band (after CacheLib's rebalance strategies):
     on a plateau every candidate is right, and wandering over it costs moves.
+
+    A curve comes between two ticks and is the same for all decisions until the next one: what
+    follows from it alone is kept, so that a tick finds done what a rehearsal of it did.
     """
 
     def __init__(self, config: AnchorConfig) -> None:
         self.config = config
         self._stale_ns = int(config.curve_stale_ms * _NS_PER_MS)
+        self._known = _NOTHING
 
     def estimate(
         self, reading: Reading, state: PolicyState, low: float, high: float, newest_only: bool
@@ -56,21 +81,63 @@ class TwinAnchor:
         curve = reading.curve
         if curve is None:
             return _unknown(state, _MISSING)
-        monotonic_ns, boot_epoch, requests, _, warm, alpha, newest_ms, _, _ = curve
+        monotonic_ns, boot_epoch, requests, _, warm, alpha, _, _, _ = curve
         if boot_epoch != reading.boot_epoch or requests == 0:
             return _unknown(state, _MISSING)
         age_ns = reading.now_ns - monotonic_ns
         if age_ns > self._stale_ns or age_ns < -self._stale_ns:
             return _unknown(state, _STALE)
+        known = self._known
+        if not (
+            known.curve is curve
+            and known.past is state.curve_cost_ms
+            and known.newest_only is newest_only
+            and known.anchor_before == state.anchor
+            and known.low == low
+            and known.high == high
+        ):
+            known = self._known = self._digest(curve, state, low, high, newest_only)
+        _, _, _, _, _, _, cost_ms, anchor, anchor_ms, plateau, reasons = known
+        if not cost_ms:
+            return _unknown(state, reasons)
+        now_ms = cost_at(alpha, cost_ms, reading.alpha)
+        gain_ms = now_ms - anchor_ms
+        if gain_ms < 0.0:
+            gain_ms = 0.0
+        trust = 1.0
+        if warm < self.config.min_warm:
+            reasons |= _COLD
+            trust = 0.0
+        return _new(
+            Estimate,
+            (
+                anchor,
+                gain_ms / now_ms,
+                gain_ms,
+                trust,
+                alpha,
+                cost_ms,
+                requests,
+                reasons,
+                plateau,
+            ),
+        )
+
+    def _digest(
+        self, curve: Curve, state: PolicyState, low: float, high: float, newest_only: bool
+    ) -> _Digest:
+        _, _, requests, _, warm, alpha, newest_ms, _, _ = curve
+        key = (curve, state.curve_cost_ms, newest_only, state.anchor, low, high)
+        invalid = _Digest(*key, (), math.nan, math.nan, 0.0, _INVALID)
         if len(alpha) != len(newest_ms) or not (alpha is state.curve_alpha or is_ascending(alpha)):
-            return _unknown(state, _INVALID)
+            return invalid
         cost_ms = self._smooth(curve, state, newest_only)
         lowest_ms = min(cost_ms)
         # A NaN anywhere makes the sum one, and every comparison with it false.
         if not (
             0.0 < lowest_ms <= sum(cost_ms) < math.inf and 0.0 <= warm <= 1.0 <= 1.0 + requests
         ):
-            return _unknown(state, _INVALID)
+            return invalid
         if low <= alpha[0] and alpha[-1] <= high:
             best = parabola_vertex(alpha, cost_ms, cost_ms.index(lowest_ms))
         else:
@@ -86,18 +153,10 @@ class TwinAnchor:
                 reasons = _KEPT
                 best = anchor
                 anchor_ms = kept_ms
-        now_ms = cost_at(alpha, cost_ms, reading.alpha)
-        gain_ms = now_ms - anchor_ms
-        if gain_ms < 0.0:
-            gain_ms = 0.0
-        trust = 1.0
-        if warm < config.min_warm:
-            reasons |= _COLD
-            trust = 0.0
-        return _new(
-            Estimate,
-            (best, gain_ms / now_ms, gain_ms, trust, alpha, cost_ms, requests, reasons),
-        )
+        limit_ms = _PLATEAU * lowest_ms
+        flat = [where for where, cost in zip(alpha, cost_ms, strict=True) if cost <= limit_ms]
+        plateau = (flat[-1] - flat[0]) / 2.0
+        return _Digest(*key, cost_ms, best, anchor_ms, plateau, reasons)
 
     def _smooth(self, curve: Curve, state: PolicyState, newest_only: bool) -> tuple[float, ...]:
         """EWMA in requests, so that neither the tick nor the twin's cadence changes it."""

@@ -9,6 +9,7 @@ without me", so that its gain scales all of them and an untrained one changes no
 
 from __future__ import annotations
 
+import math
 from typing import Final, NamedTuple, Protocol
 
 from hbm_policy.reading import NO_CORRECTION, STEADY, Correction, Gating, Reading
@@ -21,6 +22,9 @@ MAX_CORRECTION: Final = 0.05
 MAX_SLEW_SCALE: Final = 4.0
 """Largest factor on the speed of a move, of all layers together."""
 WAIT_ABOVE: Final = 0.5
+
+
+_new: Final = tuple.__new__
 
 
 class Action(NamedTuple):
@@ -64,11 +68,14 @@ def correction_of(action: Action, gain: float) -> Correction | None:
     total = shift + fraction + slew + wait
     if total != total:
         return None
-    return Correction(
-        MAX_CORRECTION * _unit(gain * shift),
-        4.0 ** _unit(gain * slew),
-        2.0 ** _unit(gain * fraction),
-        gain * wait > WAIT_ABOVE,
+    return _new(
+        Correction,
+        (
+            MAX_CORRECTION * _unit(gain * shift),
+            math.exp2(2.0 * _unit(gain * slew)),
+            math.exp2(_unit(gain * fraction)),
+            gain * wait > WAIT_ABOVE,
+        ),
     )
 
 

@@ -11,7 +11,7 @@ import math
 from bisect import bisect_right
 from typing import Final, NamedTuple
 
-from hbm_policy.anchor import Estimate, cost_at
+from hbm_policy.anchor import Estimate
 from hbm_policy.reading import Gating, PolicyState, Reading
 
 OBSERVATION_VERSION: Final = 1
@@ -43,10 +43,12 @@ LOG_MIN: Final = 1e-3
 
 _WEIGHT: Final = 1.0 / AVERAGE_TICKS
 _ALARM_TICKS: Final = 16.0
-_WITHIN: Final = 1.01
 _GAIN_MIN: Final = 1e-4
 _MOST: Final = 1e3
 """No feature is larger; a graph clips closer than that."""
+
+
+_new: Final = tuple.__new__
 
 
 class Observed(NamedTuple):
@@ -96,13 +98,24 @@ def observe(reading: Reading, state: PolicyState, estimate: Estimate, gating: Ga
             gather,
             load,
         ) = state.observed
-        kv_hit = _toward(kv_hit, hits - was_hits, lookups - was_lookups)
-        emb_miss = _toward(emb_miss, misses - was_misses, accesses - was_accesses)
+        whole = lookups - was_lookups
+        if whole > 0:
+            kv_hit += _WEIGHT * ((hits - was_hits) / whole - kv_hit)
+        whole = accesses - was_accesses
+        if whole > 0:
+            emb_miss += _WEIGHT * ((misses - was_misses) / whole - emb_miss)
         tokens = computed - was_computed
-        recompute = _toward(recompute, tokens, tokens + reused - was_reused)
+        whole = tokens + reused - was_reused
+        if whole > 0:
+            recompute += _WEIGHT * (tokens / whole - recompute)
+        # What is measured may be no number: then the average stays.
         gathered_ms = gather_ms - was_gather_ms
-        gather = _toward(gather, gathered_ms, gathered_ms + compute_ms - was_compute_ms)
-        load = _toward(load, service_ms - was_service_ms, (now_ns - was_ns) / 1e6)
+        both_ms = gathered_ms + compute_ms - was_compute_ms
+        if 0.0 < both_ms < math.inf and 0.0 <= gathered_ms <= both_ms:
+            gather += _WEIGHT * (gathered_ms / both_ms - gather)
+        served_ms, elapsed_ms = service_ms - was_service_ms, (now_ns - was_ns) / 1e6
+        if elapsed_ms > 0.0 and 0.0 <= served_ms < math.inf:
+            load += _WEIGHT * (served_ms / elapsed_ms - load)
     else:
         kv_hit = hits / lookups if lookups else 0.0
         emb_miss = misses / accesses if accesses else 0.0
@@ -110,13 +123,13 @@ def observe(reading: Reading, state: PolicyState, estimate: Estimate, gating: Ga
         gather = gather_ms / (gather_ms + compute_ms) if gather_ms > 0.0 else 0.0
         load = 0.0
     memory = (
-        float(now_ns),
-        float(lookups),
-        float(hits),
-        float(reused),
-        float(computed),
-        float(accesses),
-        float(misses),
+        now_ns,
+        lookups,
+        hits,
+        reused,
+        computed,
+        accesses,
+        misses,
         gather_ms,
         compute_ms,
         service_ms,
@@ -126,28 +139,32 @@ def observe(reading: Reading, state: PolicyState, estimate: Estimate, gating: Ga
         gather,
         load,
     )
-    alpha, anchor = reading.alpha, estimate.anchor
-    grid, cost_ms = estimate.curve_alpha, estimate.curve_cost_ms
-    slope, plateau, kv_cold, emb_cold = 0.0, 0.0, 0.0, 0.0
+    anchor, gain, _, trust, grid, cost_ms, _, _, plateau = estimate
+    alpha = reading.alpha
+    slope, kv_cold, emb_cold = 0.0, 0.0, 0.0
     curve = reading.curve
-    if estimate.trust > 0.0 and len(grid) > 1:
-        right = bisect_right(grid, alpha)
-        right = 1 if right == 0 else min(right, len(grid) - 1)
-        rise = cost_ms[right] - cost_ms[right - 1]
-        slope = rise / (grid[right] - grid[right - 1]) / cost_ms[right]
-        plateau = _half_width(grid, cost_ms)
+    if trust > 0.0 and len(grid) > 1:
+        right = bisect_right(grid, alpha, 1, len(grid) - 1)
+        left = right - 1
+        width, cost = grid[right] - grid[left], cost_ms[left]
+        rise = cost_ms[right] - cost
+        share = (alpha - grid[left]) / width
+        share = 0.0 if share < 0.0 else 1.0 if share > 1.0 else share
+        slope = rise / (width * (cost + share * rise))
         # Both are predictions of a pool that is warm at α: the difference is what a move cost.
         if curve is not None and len(curve.emb_miss_ratio) == len(grid):
-            kv_cold = cost_at(grid, curve.kv_hit_ratio, alpha) - kv_hit
-            emb_cold = emb_miss - cost_at(grid, curve.emb_miss_ratio, alpha)
+            hit, miss = curve.kv_hit_ratio, curve.emb_miss_ratio
+            kv_cold = hit[left] + share * (hit[right] - hit[left]) - kv_hit
+            emb_cold = emb_miss - miss[left] - share * (miss[right] - miss[left])
     slots = reading.emb_slots or 1
     slo_ms = reading.slo_ms
     cost_level, arrivals_level = gating.cost_level, gating.arrivals_level
     moved = accesses - state.move_accesses
+    backlog = reading.refill_backlog_rows / slots
     features = (
         anchor - alpha if anchor == anchor else 0.0,
         state.goal - state.target,
-        math.log10(estimate.gain + _GAIN_MIN),
+        math.log10(gain + _GAIN_MIN),
         slope,
         plateau,
         kv_hit,
@@ -163,16 +180,9 @@ def observe(reading: Reading, state: PolicyState, estimate: Estimate, gating: Ga
         cost_level if abs(cost_level) > abs(arrivals_level) else arrivals_level,
         math.exp(-gating.since_ticks / _ALARM_TICKS),
         math.log1p(moved / slots if moved > 0 else 0.0),
-        min(reading.refill_backlog_rows / slots, _MOST),
+        backlog if backlog < _MOST else _MOST,
     )
-    return Observed(features, memory)
-
-
-def _toward(average: float, part: float, whole: float) -> float:
-    """A moving average of part / whole; nothing new, or no number, leaves it as it is."""
-    if 0.0 < whole < math.inf and 0.0 <= part < math.inf:
-        average += _WEIGHT * (part / whole - average)
-    return average
+    return _new(Observed, (features, memory))
 
 
 def _log_ratio(value: float, goal: float) -> float:
@@ -180,9 +190,3 @@ def _log_ratio(value: float, goal: float) -> float:
         return 0.0
     ratio = value / goal
     return math.log(ratio if LOG_MIN < ratio < _MOST else LOG_MIN if ratio <= LOG_MIN else _MOST)
-
-
-def _half_width(grid: tuple[float, ...], cost_ms: tuple[float, ...]) -> float:
-    limit = _WITHIN * min(cost_ms)
-    inside = [alpha for alpha, cost in zip(grid, cost_ms, strict=True) if cost <= limit]
-    return (inside[-1] - inside[0]) / 2.0

@@ -17,9 +17,11 @@ no spinning.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +34,7 @@ MAX_FILE_BYTES: Final = 1 << 20
 """No key of a ConfigMap is larger."""
 INPUT: Final = "observation"
 OUTPUT: Final = "action"
+_new: Final = tuple.__new__
 _NOTHING: Final = Action(math.nan, math.nan, math.nan, math.nan)
 
 
@@ -69,8 +72,7 @@ class OnnxResidual:
         binding.bind_input(INPUT, "cpu", 0, np.float32, (1, width), self._input.ctypes.data)
         shape = self._output.shape
         binding.bind_output(OUTPUT, "cpu", 0, np.float32, shape, self._output.ctypes.data)
-        self._binding = binding
-        self._run = session.run_with_iobinding
+        self._run = _bound_run(session, binding)
         answer = self.act((0.0,) * width)
         if not all(math.isfinite(value) for value in answer):
             raise ResidualError(f"{path.name} answers {tuple(answer)} to zeros; train it anew")
@@ -81,8 +83,8 @@ class OnnxResidual:
             self._fill(self._input_bytes, 0, *observation)
         except OverflowError:
             return _NOTHING
-        self._run(self._binding)
-        return tuple.__new__(Action, self._action.tolist())
+        self._run()
+        return _new(Action, self._action.tolist())
 
 
 def _read(path: Path) -> bytes:
@@ -111,6 +113,22 @@ def _open(name: str, content: bytes) -> Any:
     except Exception as error:  # whatever the runtime raises for bytes that are no model
         reason = " ".join(str(error).split())[:200]
         raise ResidualError(f"{name} is no ONNX model that can be run ({reason})") from error
+
+
+def _bound_run(session: Any, binding: Any) -> Callable[[], None]:
+    """One run of the bound session.
+
+    The session's own method makes run options at every call, and with given ones it parses their
+    settings, which costs ten runs; what it calls in the end takes them as they are (onnxruntime
+    1.20 to 1.31). Where that is not there, the method it is.
+    """
+    import onnxruntime
+
+    try:
+        run, inner = session._sess.run_with_iobinding, binding._iobinding
+    except AttributeError:
+        return functools.partial(session.run_with_iobinding, binding)
+    return functools.partial(run, inner, onnxruntime.RunOptions())
 
 
 def _check_about(name: str, about: dict[str, str]) -> float:
