@@ -112,6 +112,8 @@ def _run(
     from hbm_study.run import run_suite
 
     store = Store(out)
+    for arm, reason in plan.left_out.items():
+        typer.echo(f"left out: {arm}: {reason}", err=True)
     missing = plan.missing(store)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -145,6 +147,7 @@ def _run(
         description=suite.description,
         seeds=plan.seeds,
         missing=len(missing),
+        left_out=plan.left_out,
         test=test,
     )
     typer.echo(f"{len(cells)} of {len(plan.cells)} cells finished; written: {path}")

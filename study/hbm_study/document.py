@@ -39,12 +39,13 @@ def write_document(
     description: str,
     seeds: Sequence[int],
     missing: int,
+    left_out: dict[str, str],
     test: bool,
 ) -> None:
     """Writes the Markdown file and its figures; links are relative to the file."""
     figures_of = _figures(results, figures)
     parts = [
-        _head(suite, description, seeds, missing, test),
+        _head(suite, description, seeds, missing, left_out, test),
         _goals(results),
         *_stress(results, figures_of, path),
         _comparisons(results),
@@ -56,7 +57,14 @@ def write_document(
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def _head(suite: str, description: str, seeds: Sequence[int], missing: int, test: bool) -> str:
+def _head(
+    suite: str,
+    description: str,
+    seeds: Sequence[int],
+    missing: int,
+    left_out: dict[str, str],
+    test: bool,
+) -> str:
     said = [
         "# Results of the policy",
         "",
@@ -72,6 +80,8 @@ def _head(suite: str, description: str, seeds: Sequence[int], missing: int, test
         f"hindsight. Under 2 % is noise. Figures with fewer than {FIGURE_SEEDS} seeds show that "
         f"something runs, not how well; goals are judged from {GOAL_SEEDS} seeds on.",
     ]
+    for arm, reason in left_out.items():
+        said += ["", f"Left out: `{arm}`: {reason}."]
     if missing:
         said += ["", f"**{missing} cells are missing**: the time was over before they were run."]
     if not test:

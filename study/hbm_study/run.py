@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from hbm_study.arms import ArmError, check_models, load_arm
 from hbm_study.backends import Backend
 from hbm_study.cells import Cell, Scene, Store
 from hbm_study.evaluate import Done, Job, key_of, run_job
@@ -22,18 +23,30 @@ class Plan:
     """All cells of a suite with their keys, in order."""
 
     cells: dict[Cell, str]
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Arms that cannot run here, and why."""
 
     @classmethod
     def of(cls, suite: Suite) -> Plan:
         """Raises ArmError and WorkloadError."""
         digests: dict[str, str] = {}
         cells = {}
-        for cell in suite.cells():
+        wanted = suite.cells()
+        left_out = {}
+        for arm in dict.fromkeys(cell.arm for cell in wanted):
+            config = load_arm(arm)
+            try:
+                check_models(config)
+            except ArmError as error:
+                left_out[arm] = str(error)
+        for cell in wanted:
+            if cell.arm in left_out:
+                continue
             workload = cell.scene.workload
             if workload not in digests:
                 digests[workload] = digest_of(workload)
             cells[cell] = key_of(cell, digests[workload])
-        return cls(cells)
+        return cls(cells, left_out)
 
     @property
     def workloads(self) -> list[str]:

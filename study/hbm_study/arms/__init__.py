@@ -22,7 +22,19 @@ from hbm_study.arms.config import (
 )
 from hbm_study.arms.fixed import Known, PaidOracle, Static
 
-__all__ = ["ArmConfig", "ArmError", "Known", "load_arm", "make_arm"]
+__all__ = ["ArmConfig", "ArmError", "Known", "check_models", "load_arm", "make_arm"]
+
+
+def check_models(config: ArmConfig) -> None:
+    """Raises `ArmError` for an arm whose model or residual is not there."""
+    if isinstance(config, LearnedArm | PaperArm):
+        from hbm_study.arms.networks import model_path
+
+        model_path(config.model)
+    elif isinstance(config, PolicyArm) and config.residual is not None:
+        from hbm_study.arms.residual_file import residual_path
+
+        residual_path(config.residual_file)
 
 
 def make_arm(

@@ -21,7 +21,7 @@ from hbm_policy.layers import Residual
 from hbm_policy.reading import Curve, Decision, PolicyState, Reason
 from hbm_policy.twin import Twin
 from hbm_pool.contracts.records import CURVES, MAX_CLASSES, CostModel
-from hbm_sim.curve_track import CurveTrack, twin_samples
+from hbm_sim.curve_track import CurveTrack, TwinSamples
 from hbm_sim.loop import Action, Observation
 from hbm_sim.node_spec import NodeSpec
 from hbm_sim.stream import Stream
@@ -129,8 +129,8 @@ class _OwnTwin:
         self._spec = spec
         self._twin: Twin | None = None
         self._boot_epoch = 0
-        self._samples: Any = None
-        self._waiting = 0
+        self._samples: TwinSamples | None = None
+        self._fed = self._served = 0
         self._now_ns = 0
         self._curve: Curve | None = None
         self._record: npt.NDArray[Any] = np.zeros((), CURVES)
@@ -147,9 +147,10 @@ class _OwnTwin:
         if self._twin is None or self._boot_epoch != reading.boot_epoch:
             self._twin = Twin(self._info, clock_ns=lambda: self._now_ns)
             self._boot_epoch = reading.boot_epoch
-        if self._waiting:
-            self._twin.feed([next(self._samples) for _ in range(self._waiting)], 0, costs)
-            self._waiting = 0
+        if self._served > self._fed:
+            samples = self._samples
+            self._twin.feed([samples[i] for i in range(self._fed, self._served)], 0, costs)
+            self._fed = self._served
         self._twin.curves(self._record)
         self._record["boot_epoch"] = self._boot_epoch
         self._curve = read_curve(self._record)
@@ -160,8 +161,9 @@ class _OwnTwin:
         if self._samples is None:
             rate = min(self._spec.info.sample_rate, stream.rate)
             self._info = dataclasses.replace(self._spec.info, sample_rate=rate)
-            self._samples = twin_samples(stream, self._info)
-        self._waiting += end - begin
+            self._samples = TwinSamples(stream, self._info)
+            self._fed = begin
+        self._served = end
 
 
 class _WholeGain:

@@ -8,21 +8,20 @@ from pathlib import Path
 
 from hbm_policy.layers import Residual
 
-_SHIPPED = ("residual.onnx", "policies/residual.onnx", "policy/residual.onnx")
+from hbm_study.arms.config import ArmError
+
+NAME = "residual.onnx"
 
 
 def residual_path(source: str | None) -> Path:
-    """A file by path, or the one that ships with `hbm_learn`. Raises FileNotFoundError."""
-    if source is not None:
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"{source}: no such file")
-        return path
-    folder = Path(str(files("hbm_learn")))
-    for name in _SHIPPED:
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError("no trained residual ships with this version; train one: hbm train")
+    """A file by path, or the one that ships. Raises `ArmError`."""
+    package = Path(str(files("hbm_learn")))
+    shipped = [package / "policies", package.parents[1] / "policies"]
+    for path in [Path(source)] if source is not None else [folder / NAME for folder in shipped]:
+        if path.is_file():
+            return path
+    wanted = source or "a trained residual"
+    raise ArmError(f"{wanted} is not there; train one (hbm train, hbm export)")
 
 
 def load_residual(source: str | None) -> Residual:
