@@ -11,8 +11,10 @@ from typer.core import TyperGroup
 
 _GROUP = "hbm.commands"
 _SHORT_HELP = {
+    "advise": "From your own log: the best α, and whether adapting it would pay.",
     "bench": "Benchmarks: each number of the documentation, with its reference beside it.",
     "demo": "The whole system on this machine, under load, in a few minutes.",
+    "eval": "Every way of choosing α side by side, on simulated requests.",
     "explain": "Why the sidecar took its last decisions.",
     "export": "A trained residual as the ONNX file that sidecars load, with its card.",
     "operator": "The Kubernetes operator: controller, webhook, custom resources.",
