@@ -13,6 +13,7 @@ and under the pool's own rule.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
@@ -127,6 +128,7 @@ def bounds(
     seeds: Sequence[int],
     *,
     load: float = 1.0,
+    rate: float | None = None,
     spec: NodeSpec | None = None,
     fine: bool = False,
     jobs: int = 1,
@@ -138,11 +140,17 @@ def bounds(
         spec = unpriced(spec)
     found = []
     for seed in seeds:
-        stream = stream_at(workload, seed, rows, load)
+        stream = stream_at(workload, seed, rows, load, rate)
         optimum = static_optimum(stream, spec, rows=rows, fine=fine, jobs=jobs)
         found.append(_of_seed(workload, stream, spec, rows, optimum, seed))
         if progress is not None:
-            progress(f"{workload.name} {rows} seed {seed}")
+            last = found[-1]
+            best = min(last.paying_ms, key=lambda price: last.paying_ms[price])
+            progress(
+                f"{workload.name} {rows} seed {seed}: P99 static {last.static_ms:.1f} ms at "
+                f"{last.static_alpha:.2f}, half {last.half_ms:.1f}, stitched "
+                f"{last.stitched_ms:.1f}, paying {last.paying_ms[best]:.1f} at {tuple(best)}"
+            )
     mean = {
         price: float(np.mean([each.paying_ms[price] / each.static_ms for each in found]))
         for price in found[0].paying_ms
@@ -150,9 +158,11 @@ def bounds(
     return Bounds(workload.name, rows, tuple(found), min(mean, key=lambda price: mean[price]))
 
 
-def stream_at(workload: Workload, seed: int, rows: Rows, load: float) -> Stream:
+def stream_at(
+    workload: Workload, seed: int, rows: Rows, load: float, rate: float | None = None
+) -> Stream:
     """The workload's stream at a load measured under either rule."""
-    stream = make_stream(workload, seed, qps=1.0)
+    stream = make_stream(workload, seed, rate, qps=1.0)
     phases = workload.phases()
     rates = [load * each for each in phase_rates(workload, phases, rows)]
     lengths = [phase.requests for phase in phases]
@@ -176,7 +186,7 @@ def _of_seed(
     for name, best in alpha.items():
         here = stream.regime == stream.regimes.index(name)
         gather[here], compute[here] = _warm_times(
-            workload, name, int(here.sum()), spec, rows, best, seed
+            workload, name, int(here.sum()), spec, rows, best, seed, stream.rate
         )
     stitched = latencies(stream, spec, gather, compute)
     static = optimum.pooled.by_p99
@@ -206,12 +216,19 @@ def prices(rows: Rows) -> list[Price]:
 
 
 def _warm_times(
-    workload: Workload, regime: str, count: int, spec: NodeSpec, rows: Rows, alpha: float, seed: int
+    workload: Workload,
+    regime: str,
+    count: int,
+    spec: NodeSpec,
+    rows: Rows,
+    alpha: float,
+    seed: int,
+    rate: float,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Gather and compute of `count` requests of one regime on a node that knows no other."""
     kind = next(phase.regime for phase in workload.phases() if phase.name == regime)
     phases = [Phase("", workload.warm_up, kind), Phase(regime, count, kind)]
-    only = stream_of_phases(workload, phases, [1.0, 1.0], seed, workload.sample_rate)
+    only = stream_of_phases(workload, phases, [1.0, 1.0], seed, rate)
     run = static_run(only, spec, alpha, rows)
     return run.gather_ms[-count:], run.compute_ms[-count:]
 
@@ -257,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", default="lru,tz", help="lru, tz or both")
     parser.add_argument("--seeds", type=int, default=6, help="seeds 1 to N")
     parser.add_argument("--load", type=float, default=1.0)
+    parser.add_argument("--rate", type=float, help="share of rows followed (the workload's)")
     parser.add_argument("--gather", choices=("serial", "overlap"), default="serial")
     parser.add_argument("--fine", action="store_true", help="grid of 0.0125 around each optimum")
     parser.add_argument("--jobs", type=int, default=1)
@@ -270,8 +288,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows,
                 range(1, chosen.seeds + 1),
                 load=chosen.load,
+                rate=chosen.rate,
                 fine=chosen.fine,
                 jobs=chosen.jobs,
+                progress=lambda said: print(said, file=sys.stderr, flush=True),
             )
             results.append(found.to_dict())
             if not chosen.as_json:

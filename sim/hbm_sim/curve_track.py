@@ -6,7 +6,7 @@ The twin sees requests, never the server's α, so its curve is the same for all 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ class CurveTrack:
         twin = Twin(info, alphas, clock_ns=lambda: now_ns[0])
         epoch = 1
         ends = np.searchsorted(stream.arrival_s, (np.arange(ticks) + 1) * tick_s)
-        samples = twin_samples(stream, info)
+        samples = TwinSamples(stream, info)
         begin = 0
         restarts = sorted(restarts_s)
         for tick, end in enumerate(ends.tolist()):
@@ -64,7 +64,7 @@ class CurveTrack:
                 twin = Twin(info, alphas, clock_ns=lambda: now_ns[0])
                 epoch += 1
             if end > begin:
-                twin.feed([next(samples) for _ in range(begin, end)], 0, costs)
+                twin.feed([samples[i] for i in range(begin, end)], 0, costs)
                 begin = end
             twin.curves(records[tick : tick + 1].reshape(()))
             records[tick]["boot_epoch"] = epoch
@@ -113,30 +113,40 @@ def tick_ns(tick: int, tick_s: float) -> int:
     return round((1.0 + (tick + 1) * tick_s) * 1e9)
 
 
-def twin_samples(stream: Stream, info: ServerInfo) -> Iterator[RequestSample]:
-    """Requests as the server's ring would hold them at its own sampling rate."""
-    wanted = sampled(stream.row_keys, info.sample_rate)
-    kept = wanted[stream.history_rows]
-    keys = stream.row_keys[stream.history_rows[kept]]
-    positions = stream.history_positions[kept].astype(np.uint32)
-    at = np.concatenate([[0], np.cumsum(kept)])[stream.history_at]
-    kept = wanted[stream.candidate_rows]
-    candidate_keys = stream.row_keys[stream.candidate_rows[kept]]
-    candidate_at = np.concatenate([[0], np.cumsum(kept)])[stream.candidate_at]
-    pages = np.arange(info.max_sequence_tokens // info.page_tokens + 1, dtype=np.uint32)
-    pages *= np.uint32(2_654_435_761)
-    for i in range(len(stream)):
+class TwinSamples:
+    """Requests of a stream as the server's ring would hold them at its own sampling rate."""
+
+    def __init__(self, stream: Stream, info: ServerInfo) -> None:
+        self._stream, self._page_tokens = stream, info.page_tokens
+        wanted = sampled(stream.row_keys, info.sample_rate)
+        kept = wanted[stream.history_rows]
+        self._keys = stream.row_keys[stream.history_rows[kept]]
+        self._positions = stream.history_positions[kept].astype(np.uint32)
+        self._at = np.concatenate([[0], np.cumsum(kept)])[stream.history_at]
+        kept = wanted[stream.candidate_rows]
+        self._candidate_keys = stream.row_keys[stream.candidate_rows[kept]]
+        self._candidate_at = np.concatenate([[0], np.cumsum(kept)])[stream.candidate_at]
+        self._pages = np.arange(info.max_sequence_tokens // info.page_tokens + 1, dtype=np.uint32)
+        self._pages *= np.uint32(2_654_435_761)
+
+    def __len__(self) -> int:
+        return len(self._stream)
+
+    def __getitem__(self, i: int) -> RequestSample:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        stream, at, candidate_at = self._stream, self._at, self._candidate_at
         tokens, user = int(stream.tokens[i]), int(stream.user[i])
         base = np.uint32(mix64(user * 4097 + int(stream.dropped[i])) & 0xFFFFFFFF)
         history = int(stream.history_lookups[i])
-        yield RequestSample(
+        return RequestSample(
             user=user,
             history_tokens=tokens,
             candidates=int(stream.candidates[i]),
             rows_total=history + int(stream.candidate_lookups[i]),
             history_rows_total=history,
-            page_fingerprints=pages[: tokens // info.page_tokens] ^ base,
-            history_keys=keys[at[i] : at[i + 1]],
-            history_positions=positions[at[i] : at[i + 1]],
-            candidate_keys=candidate_keys[candidate_at[i] : candidate_at[i + 1]],
+            page_fingerprints=self._pages[: tokens // self._page_tokens] ^ base,
+            history_keys=self._keys[at[i] : at[i + 1]],
+            history_positions=self._positions[at[i] : at[i + 1]],
+            candidate_keys=self._candidate_keys[candidate_at[i] : candidate_at[i + 1]],
         )

@@ -243,17 +243,7 @@ class EngineNode:
         if most > len(self._arrays.missed):
             self._arrays = self._arrays._replace(missed=np.empty(most, np.int32))
         n = len(stream)
-        self.outcome = Outcome(
-            latency_ms=np.zeros(n),
-            service_ms=np.zeros(n),
-            gather_ms=np.zeros(n),
-            compute_ms=np.zeros(n),
-            start_ms=np.zeros(n),
-            cached_tokens=np.zeros(n, np.int32),
-            missed_rows=np.zeros(n),
-            looked_up_rows=np.zeros(n),
-            dropped=np.zeros(n, np.bool_),
-        )
+        self.outcome = empty_outcome(n)
         self._stream = stream
         self._requests = Requests(*(getattr(stream, name) for name in Requests._fields))
         self._queue = np.arange(n, dtype=np.int64)
@@ -276,6 +266,21 @@ class EngineNode:
         arrived = int(np.searchsorted(stream.arrival_s, until_s))
         self._run(arrived, until_s * 1e3)
         return self._position
+
+    def join(self, stream: Stream, outcome: Outcome) -> None:
+        """One node of several that serve one stream: which requests are its own, `take` says.
+        What becomes of them goes into the given outcome of the whole stream."""
+        self.attach(stream)
+        self.outcome = outcome
+        self._queue = np.empty(1024, np.int64)
+
+    def take(self, request: int) -> None:
+        """The next request of a joined stream that is this node's: it begins when the ones before
+        are done, by the splits of now."""
+        if self._position == len(self._queue):
+            self._queue = np.concatenate([self._queue, np.empty_like(self._queue)])
+        self._queue[self._position] = request
+        self._run(self._position + 1, NOW)
 
     def _run(self, end: int, until_ms: float) -> None:
         assert self._requests is not None
@@ -302,6 +307,13 @@ class EngineNode:
     def position(self) -> int:
         """First request of the stream that has not begun."""
         return self._position
+
+    def backlog_ms(self, time_s: float) -> float:
+        """How long a request that comes at that moment would wait."""
+        place = at.COMPUTE_FREE
+        if self.spec.info.cost_model == CostModel.OVERLAP:
+            place = at.GATHER_FREE
+        return max(0.0, float(self._arrays.real[place]) - time_s * 1e3)
 
     @property
     def moving(self) -> bool:
@@ -438,6 +450,21 @@ class EngineNode:
             self._known_percentiles = p50, p99, n
         self._percentiles_at = self._position
         return self._known_percentiles
+
+
+def empty_outcome(n: int) -> Outcome:
+    """Columns for `n` requests, none of them served."""
+    return Outcome(
+        latency_ms=np.zeros(n),
+        service_ms=np.zeros(n),
+        gather_ms=np.zeros(n),
+        compute_ms=np.zeros(n),
+        start_ms=np.zeros(n),
+        cached_tokens=np.zeros(n, np.int32),
+        missed_rows=np.zeros(n),
+        looked_up_rows=np.zeros(n),
+        dropped=np.zeros(n, np.bool_),
+    )
 
 
 def _first(value: float) -> tuple[float, ...]:

@@ -134,6 +134,100 @@ def run_node(
     ).run()
 
 
+class Observer:
+    """Makes one node's readings, tick by tick, as its sidecar would: with faults, noise, delay."""
+
+    def __init__(
+        self,
+        node: EngineNode,
+        seed: int,
+        *,
+        tick_s: float,
+        refill_bytes_per_s: float,
+        faults: Sequence[Fault] = (),
+    ) -> None:
+        self.node, self.spec, self.tick_s, self.faults = node, node.spec, tick_s, faults
+        self._random = np.random.default_rng([seed, 41])
+        self._intake = Intake(self.spec.info)
+        self._telemetry = np.zeros((), TELEMETRY)
+        self._curve = np.zeros((), CURVES)
+        self._curve_seen = False
+        self._intent = np.zeros((), INTENT)
+        info = self.spec.info
+        for name, value in (
+            ("monotonic_ns", 1),
+            ("generation", 1),
+            ("mode", int(Mode.AUTO)),
+            ("alpha_min", info.alpha_min),
+            ("alpha_max", info.alpha_max),
+            ("slo_ms", info.slo_ms),
+            ("tick_ms", tick_s * 1e3),
+            ("refill_bytes_per_s", refill_bytes_per_s),
+            ("alpha_initial", math.nan),
+        ):
+            self._intent[name] = value
+        self._late: deque[npt.NDArray[Any]] = deque(maxlen=self.spec.telemetry_delay_ticks + 1)
+        self._noisy = {"gather_ms": 0.0, "compute_ms": 0.0, "service_ms": 0.0}
+        self._true = dict.fromkeys(self._noisy, 0.0)
+        window = max(1, round(LINK_WINDOW_S / tick_s))
+        self._busy_ms: deque[float] = deque([0.0], maxlen=window + 1)
+
+    def observe(self, tick: int, time_s: float, curve: npt.NDArray[Any] | None) -> Observation:
+        """The reading of a tick; `curve`: the twin's newest record of dtype CURVES, if any."""
+        now_ns = tick_ns(tick, self.tick_s)
+        record = np.zeros((), TELEMETRY)
+        self.node.telemetry(record, now_ns)
+        self._measure(record)
+        frozen = self._fault(FaultKind.FROZEN, time_s) is not None
+        if not (frozen and self._late):
+            self._late.append(record)
+        self._telemetry[...] = self._late[0]
+        if self._fault(FaultKind.NAN, time_s) is not None:
+            for name in ("alpha", "latency_p50_ms", "latency_p99_ms", "gather_ms", "compute_ms"):
+                self._telemetry[name] = math.nan
+        costs = self._fault(FaultKind.COSTS, time_s)
+        if costs is not None:
+            wrong = scaled(self.spec.declares(), costs.factor)
+            self._telemetry["cost_row_ms"][..., 0] = wrong.row_ms[0]
+        jump = self._fault(FaultKind.CLOCK_JUMP, time_s)
+        if jump is not None:
+            now_ns += round(jump.factor * 1e9)
+        if curve is not None and self._fault(FaultKind.TWIN_DEAD, time_s) is None:
+            self._curve[...] = curve
+            self._curve_seen = True
+        reading = self._intake.reading(
+            now_ns,
+            self.node.boot_epoch,
+            self._telemetry,
+            self._intent,
+            self._curve if self._curve_seen else None,
+        )
+        return Observation(reading, self._telemetry, tick, time_s, self.spec)
+
+    def _measure(self, record: npt.NDArray[Any]) -> None:
+        """Times as measured: noise on what each tick adds; use of the link over a second."""
+        noise = self.spec.telemetry_noise
+        for name, noisy in self._noisy.items():
+            now = float(record[name])
+            added = now - self._true[name]
+            if added < 0.0:  # a restarted server counts from 0
+                added, noisy = now, 0.0
+            factor = math.exp(noise * self._random.standard_normal()) if noise > 0.0 else 1.0
+            self._true[name] = now
+            self._noisy[name] = noisy + added * factor
+            record[name] = self._noisy[name]
+        self._busy_ms.append(self.node.link_busy_ms)
+        window_ms = (len(self._busy_ms) - 1) * self.tick_s * 1e3
+        busy_ms = max(0.0, self._busy_ms[-1] - self._busy_ms[0])
+        record["link_busy"] = min(1.0, busy_ms / window_ms) if window_ms > 0.0 else 0.0
+
+    def _fault(self, kind: FaultKind, time_s: float) -> Fault | None:
+        for fault in self.faults:
+            if fault.kind is kind and fault.active(time_s):
+                return fault
+        return None
+
+
 class _Loop:
     def __init__(
         self,
@@ -151,33 +245,12 @@ class _Loop:
         if curves is not None and curves.tick_s != tick_s:
             raise ValueError(f"the curves have ticks of {curves.tick_s} s, the loop of {tick_s} s")
         self.stream, self.spec, self.arm, self.seed = stream, spec, arm, seed
-        self.tick_s, self.curves, self.faults = tick_s, curves, faults
+        self.tick_s, self.curves = tick_s, curves
         self.node = EngineNode(spec, alpha, stream.rate, rows, sampled_rows=len(stream.row_keys))
-        self._random = np.random.default_rng([seed, 41])
-        self._intake = Intake(spec.info)
-        self._telemetry = np.zeros((), TELEMETRY)
-        self._curve = np.zeros((), CURVES)
-        self._intent = np.zeros((), INTENT)
-        info = spec.info
-        for name, value in (
-            ("monotonic_ns", 1),
-            ("generation", 1),
-            ("mode", int(Mode.AUTO)),
-            ("alpha_min", info.alpha_min),
-            ("alpha_max", info.alpha_max),
-            ("slo_ms", info.slo_ms),
-            ("tick_ms", tick_s * 1e3),
-            ("refill_bytes_per_s", refill_bytes_per_s),
-            ("alpha_initial", math.nan),
-        ):
-            self._intent[name] = value
-        self._late: deque[npt.NDArray[Any]] = deque(maxlen=spec.telemetry_delay_ticks + 1)
-        self._noisy = {"gather_ms": 0.0, "compute_ms": 0.0, "service_ms": 0.0}
-        self._true = dict.fromkeys(self._noisy, 0.0)
-        window = max(1, round(LINK_WINDOW_S / tick_s))
-        self._busy_ms: deque[float] = deque([0.0], maxlen=window + 1)
+        self._observer = Observer(
+            self.node, seed, tick_s=tick_s, refill_bytes_per_s=refill_bytes_per_s, faults=faults
+        )
         self._restarts = sorted(f.at_s for f in faults if f.kind is FaultKind.RESTART)
-        self._curve_seen = False
 
     def run(self) -> Run:
         """All ticks, then what is left of the queue."""
@@ -201,7 +274,10 @@ class _Loop:
                 self._restarts.pop(0)
                 moves, moved = moves + node.count(at.MOVES), moved + node.moved_bytes
                 node.restart()
-            observation = self._observe(tick, time_s)
+            record = None
+            if self.curves is not None:
+                record = self.curves.records[tick]
+            observation = self._observer.observe(tick, time_s, record)
             action = self.arm.act(observation)
             columns["alpha"][tick] = node.alpha
             columns["target"][tick] = action.alpha
@@ -235,57 +311,3 @@ class _Loop:
             foreground_bytes=node.foreground_bytes,
             critical_share=node.critical_share,
         )
-
-    def _observe(self, tick: int, time_s: float) -> Observation:
-        now_ns = tick_ns(tick, self.tick_s)
-        record = np.zeros((), TELEMETRY)
-        self.node.telemetry(record, now_ns)
-        self._measure(record)
-        frozen = self._fault(FaultKind.FROZEN, time_s) is not None
-        if not (frozen and self._late):
-            self._late.append(record)
-        self._telemetry[...] = self._late[0]
-        if self._fault(FaultKind.NAN, time_s) is not None:
-            for name in ("alpha", "latency_p50_ms", "latency_p99_ms", "gather_ms", "compute_ms"):
-                self._telemetry[name] = math.nan
-        costs = self._fault(FaultKind.COSTS, time_s)
-        if costs is not None:
-            wrong = scaled(self.spec.declares(), costs.factor)
-            self._telemetry["cost_row_ms"][..., 0] = wrong.row_ms[0]
-        jump = self._fault(FaultKind.CLOCK_JUMP, time_s)
-        if jump is not None:
-            now_ns += round(jump.factor * 1e9)
-        if self.curves is not None and self._fault(FaultKind.TWIN_DEAD, time_s) is None:
-            self._curve[...] = self.curves.records[tick]
-            self._curve_seen = True
-        reading = self._intake.reading(
-            now_ns,
-            self.node.boot_epoch,
-            self._telemetry,
-            self._intent,
-            self._curve if self._curve_seen else None,
-        )
-        return Observation(reading, self._telemetry, tick, time_s, self.spec)
-
-    def _measure(self, record: npt.NDArray[Any]) -> None:
-        """Times as measured: noise on what each tick adds; use of the link over a second."""
-        noise = self.spec.telemetry_noise
-        for name, noisy in self._noisy.items():
-            now = float(record[name])
-            added = now - self._true[name]
-            if added < 0.0:  # a restarted server counts from 0
-                added, noisy = now, 0.0
-            factor = math.exp(noise * self._random.standard_normal()) if noise > 0.0 else 1.0
-            self._true[name] = now
-            self._noisy[name] = noisy + added * factor
-            record[name] = self._noisy[name]
-        self._busy_ms.append(self.node.link_busy_ms)
-        window_ms = (len(self._busy_ms) - 1) * self.tick_s * 1e3
-        busy_ms = max(0.0, self._busy_ms[-1] - self._busy_ms[0])
-        record["link_busy"] = min(1.0, busy_ms / window_ms) if window_ms > 0.0 else 0.0
-
-    def _fault(self, kind: FaultKind, time_s: float) -> Fault | None:
-        for fault in self.faults:
-            if fault.kind is kind and fault.active(time_s):
-                return fault
-        return None

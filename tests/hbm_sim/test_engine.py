@@ -14,7 +14,7 @@ from hbm_pool.host.kv_index import KVIndex
 from hbm_pool.host.replacement import TzCache
 from hbm_pool.host.row_lag import RowLag
 from hbm_sim import engine_moves as at
-from hbm_sim.curve_track import twin_samples
+from hbm_sim.curve_track import TwinSamples
 from hbm_sim.engine import EngineError, EngineNode
 from hbm_sim.node_spec import NodeSpec
 from hbm_sim.queueing import queue_ms
@@ -51,7 +51,7 @@ class PoolIndex:
         """(tokens reused, rows looked up, rows missed) of each request."""
         served = []
         for i, sample in enumerate(
-            twin_samples(stream, dataclasses.replace(spec.info, sample_rate=1.0))
+            TwinSamples(stream, dataclasses.replace(spec.info, sample_rate=1.0))
         ):
             handle = self.kv.acquire(
                 sample.user, sample.page_fingerprints, sample.history_tokens

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from itertools import islice
 
 import numpy as np
 import pytest
 from hbm_policy import CostConstants, Policy, PolicyConfig, PolicyState, Reason, ShieldConfig
 from hbm_policy.twin import Twin
 from hbm_pool.contracts.records import CURVES
-from hbm_sim.curve_track import CurveTrack, twin_samples
+from hbm_sim.curve_track import CurveTrack, TwinSamples
 from hbm_sim.engine_kernel import Outcome
 from hbm_sim.faults import Fault, FaultKind
 from hbm_sim.loop import Action, Hold, Observation, Run, run_node
@@ -50,8 +49,8 @@ class HoldAndWatch(Hold):
 
     def served(self, stream: Stream, begin: int, end: int, outcome: Outcome) -> None:
         if begin == 0:
-            self.samples = twin_samples(stream, self.info)
-        self.twin.feed(list(islice(self.samples, end - begin)), 0, self.costs)
+            self.samples = TwinSamples(stream, self.info)
+        self.twin.feed([self.samples[i] for i in range(begin, end)], 0, self.costs)
 
 
 def _stream() -> tuple[Stream, NodeSpec]:
