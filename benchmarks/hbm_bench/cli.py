@@ -27,9 +27,11 @@ MODULES = {
     "replacement": "misses of the replacement rule against LRU, and the cost of an access",
     "control-block": "records, rings and digests between processes",
     "decide": "one decision, hot and paced",
+    "gate": "burst gate: false alarms per hour on correlated traffic, delay of a change",
     "twin": "miniature simulation per request",
     "serving": "pipelined, serial and uncached server on the same requests",
     "router": "decision with 64 nodes; CPU per request, direct to backend beside it",
+    "simulator": "50,000 requests on one simulated node; 64 nodes for ten minutes",
 }
 
 
