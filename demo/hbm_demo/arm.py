@@ -78,7 +78,10 @@ def run_arm(
     path.unlink(missing_ok=True)
     processes = Processes(out / "logs" / arm.name)
     with cleanups.undone_by(processes.stop):
-        view.say(f"{arm.title}: starting {settings.nodes} servers, their sidecars and the router")
+        view.say(
+            f"{arm.title}: starting {settings.nodes} servers, their sidecars and the router "
+            "(a machine's first demo compiles kernels: a minute or more)"
+        )
         refill = model.pool.refill_bytes_per_s
         system = start_system(processes, settings, arm, directory, refill)
         view.say(f"{arm.title}: {len(trace)} requests in {settings.arm_seconds:.0f} s")
