@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -196,7 +197,7 @@ class Library:
     def _read(self, seed: int) -> Episode | None:
         try:
             held = np.load(self._path(seed))
-        except (OSError, ValueError):
+        except (OSError, ValueError, BadZipFile):
             return None
         with held:
             drawn = draw(self.domain, seed)

@@ -10,11 +10,13 @@ from typing import Any, Final, NamedTuple
 from hbm_learn.card import card
 from hbm_learn.checkpoint import Checkpoint
 from hbm_learn.config import TrainConfig
-from hbm_learn.network import Network
+from hbm_learn.network import Network, largest_difference
 from hbm_learn.training import TrainingError, read_curve, read_run
 
 MAX_BYTES: Final = 100_000
 """A policy that ships is smaller."""
+MAX_DIFFERENCE: Final = 1e-6
+"""Between what was trained and what the file answers."""
 
 
 class Exported(NamedTuple):
@@ -37,7 +39,8 @@ def export(folder: Path, out: Path, *, gain: float = 1.0) -> Exported:
     run, result = read_run(folder), read_result(folder)
     checkpoint = Checkpoint.load(folder / result["checkpoint"])
     arguments = json.dumps(run["arguments"], sort_keys=True)
-    content = Network.of(checkpoint).onnx(
+    network = Network.of(checkpoint)
+    content = network.onnx(
         {
             "hbm.gain": f"{gain:g}",
             "hbm.commit": run["commit"],
@@ -51,11 +54,19 @@ def export(folder: Path, out: Path, *, gain: float = 1.0) -> Exported:
             f"the file would have {len(content)} bytes, the most is {MAX_BYTES}; train with a "
             "smaller `hidden`"
         )
+    difference = largest_difference(network, content)
+    if not difference <= MAX_DIFFERENCE:
+        raise TrainingError(
+            f"ONNX Runtime and torch differ by {difference:.2g} in an action, more than "
+            f"{MAX_DIFFERENCE:g}: the weights are too large; train with a smaller learning_rate"
+        )
     digest = hashlib.sha256(content).hexdigest()
     config = TrainConfig.model_validate(run["arguments"])
     curves = {seed: read_curve(folder, seed) for seed in config.seeds}
     described = out.with_suffix(".md")
-    text = card(config, run["commit"], result, curves, gain, out.name, digest, len(content))
+    text = card(
+        config, run["commit"], result, curves, gain, out.name, digest, len(content), difference
+    )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for path, data in ((out, content), (described, text.encode())):

@@ -134,6 +134,33 @@ class Network(NamedTuple):
         return content
 
 
+def check_observations(count: int = 100_000) -> Floats:
+    """Observations that a graph is checked on, `[count, observations]`: usual ones, far ones, and
+    such as no float32 multiplies well."""
+    random = np.random.default_rng(6)
+    width = len(OBSERVATION_NAMES)
+    usual = random.normal(size=(count * 6 // 10, width))
+    far = random.normal(size=(count * 3 // 10, width))
+    far *= 10.0 ** random.uniform(-6, 6, (len(far), 1))
+    odd = [0.0, -0.0, 1e-38, -1e-38, 1e3, -1e3, 1e30, -1e30, np.inf, -np.inf, 1.0]
+    extreme = random.choice(odd, size=(count - len(usual) - len(far), width))
+    return np.concatenate([usual, far, extreme]).astype(np.float32)
+
+
+def largest_difference(network: Network, content: bytes) -> float:
+    """Between torch and ONNX Runtime, of any action for any of `check_observations`."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    seen = check_observations()
+    (answered,) = session.run([OUTPUT], {INPUT: seen})
+    with torch.inference_mode():
+        expected = network.torch()(torch.from_numpy(seen)).numpy()
+    return float(np.abs(answered - expected).max())
+
+
 class _Module(torch.nn.Module):
     def __init__(self, network: Network) -> None:
         super().__init__()

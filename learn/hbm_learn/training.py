@@ -212,21 +212,19 @@ def _add_point(
     point = Point(
         chunk, stage, steps, found.worth, found.service, found.p99, found.late, found.moved, seconds
     )
-    line = json.dumps(point._asdict())
-    with (folder / f"seed-{seed}" / "curve.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    path = folder / f"seed-{seed}" / "curve.jsonl"
+    lines = [json.dumps(each._asdict()) for each in (*read_curve(folder, seed), point)]
+    partial = path.with_suffix(".partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def read_curve(folder: Path, seed: int) -> list[Point]:
-    """Validation of a seed so far. A line that a kill cut short is as if never written."""
+    """Validation of a seed so far, by chunk."""
     path = folder / f"seed-{seed}" / "curve.jsonl"
     points: dict[int, Point] = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for line in lines:
-        try:
-            held = json.loads(line)
-        except ValueError:
-            continue
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        held = json.loads(line)
         for name in ("worth", "service", "p99", "late", "moved"):
             held[name] = Interval(*held[name])
         points[held["chunk"]] = Point(**held)
