@@ -6,6 +6,7 @@ existing cluster pull from a registry: there manifest and values name it.
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,16 @@ class Checkout:
         text = (self.folder / "docs" / "examples" / "server.yaml").read_text()
         return list(yaml.safe_load_all(text))
 
-    def servers(self, *, name: str = "rank", replicas: int = 1, **pod: Any) -> list[dict[str, Any]]:
-        """The same two objects under another name and size; `pod` overrides fields of the pod's
-        `securityContext`."""
+    def servers(
+        self,
+        *,
+        name: str = "rank",
+        replicas: int = 1,
+        annotations: Mapping[str, str] | None = None,
+        **user: Any,
+    ) -> list[dict[str, Any]]:
+        """The same two objects under another name and size; `annotations` and `user`, fields of the
+        `securityContext`, are those of the pods."""
         deployment, service = self.model_server
         for one in (deployment, service):
             one["metadata"]["name"] = name
@@ -54,7 +62,8 @@ class Checkout:
         deployment["spec"]["selector"]["matchLabels"] = labels
         template = deployment["spec"]["template"]
         template["metadata"]["labels"].update(labels)
-        template["spec"]["securityContext"].update(pod)
+        template["metadata"]["annotations"] = dict(annotations or {})
+        template["spec"]["securityContext"].update(user)
         service["spec"]["selector"] = labels
         return [deployment, service]
 

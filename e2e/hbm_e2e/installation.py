@@ -151,7 +151,10 @@ def in_order(
             every_s=1,
             because=partial(models.kubectl, "describe", "hbmp"),
         )
-        wait_for(models.digests_arrive, 60, "digests to travel from sidecars to routers", every_s=1)
+        # A kubelet shows a changed address of Redis to its pods within a minute and a half.
+        wait_for(
+            models.digests_arrive, 150, "digests to travel from sidecars to routers", every_s=1
+        )
 
 
 def remove_everything(cluster: AnyCluster, *namespaces: str, wait: bool = True) -> None:
