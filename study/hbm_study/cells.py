@@ -36,13 +36,18 @@ class Scene(NamedTuple):
     fault: str = ""
     """Name of a fault (`faults.FAULTS`); empty: none."""
     requests: int | None = None
-    """The walk is cut after so many; None: all of it."""
+    """The walk is cut after so many, per node; None: all of it."""
+    nodes: int = 1
+    """Nodes behind the router; 1: none and no router."""
+    hot: float | None = None
+    """Share of requests of hot users, in all regimes; None: as the workload says."""
 
     @property
     def label(self) -> str:
         """For progress bars and messages."""
         fault = f" {self.fault}" if self.fault else ""
-        return f"{self.workload} load {self.load} {self.gather}{fault} seed {self.seed}"
+        fleet = f" {self.nodes} nodes" if self.nodes > 1 else ""
+        return f"{self.workload} load {self.load} {self.gather}{fault}{fleet} seed {self.seed}"
 
     def without_seed(self) -> Scene:
         """The scene that seeds are repetitions of."""

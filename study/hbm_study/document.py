@@ -51,6 +51,7 @@ def write_document(
         _comparisons(results),
         _faults(results),
         _refill(results),
+        _fleet(results),
         _arms(results),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,8 @@ def _goals(results: Results) -> str:
 
 
 def _plain(results: Results) -> list[Scene]:
-    return [scene for scene in results.scenes if not scene.fault]
+    """One node, nothing goes wrong."""
+    return [scene for scene in results.scenes if not scene.fault and scene.nodes == 1]
 
 
 def _figures(results: Results, folder: Path) -> dict[Scene, dict[str, Path]]:
@@ -194,9 +196,16 @@ def _refill(results: Results) -> str:
     return f"## Bytes moved and refilled\n\n{text}" if text else ""
 
 
+def _fleet(results: Results) -> str:
+    text = tables.fleet_table(results)
+    return f"## Several nodes behind the router\n\n{text}" if text else ""
+
+
 def _arms(results: Results) -> str:
     names: dict[str, None] = {}
     for scene in results.scenes:
+        if scene.nodes > 1:
+            continue
         for arm in results.arms(scene):
             names.setdefault(arm.rstrip("0123456789.").rstrip("-"))
     rows = [[f"`{name}`", load_arm(name).description] for name in names]

@@ -13,6 +13,7 @@ from hbm_sim.loop import run_node
 from hbm_study.arms import ArmConfig, load_arm, make_arm
 from hbm_study.arms.config import OracleArm, StaticArm
 from hbm_study.cells import Cell, Scene, Store, cell_key
+from hbm_study.fleet_cells import SPLIT, evaluate_fleet, fleet_arm
 from hbm_study.scene import TICK_S, SceneData
 from hbm_study.summary import (
     Track,
@@ -54,7 +55,12 @@ class Done:
 
 def key_of(cell: Cell, workload_digest: str) -> str:
     """Under which a cell is kept. Raises `ArmError`."""
-    return cell_key(cell, workload_digest, load_arm(cell.arm).model_dump(mode="json"))
+    return cell_key(cell, workload_digest, config_of(cell.arm).model_dump(mode="json"))
+
+
+def config_of(name: str) -> ArmConfig:
+    """Of an arm, on one node or behind a router. Raises `ArmError`."""
+    return fleet_arm(name)[2] if SPLIT in name else load_arm(name)
 
 
 @lru_cache(maxsize=1)
@@ -76,7 +82,7 @@ def run_job(job: Job) -> Done:
             left.append(name)
         else:
             begun = time.monotonic()
-            result, track = evaluate(data, name, load_arm(name))
+            result, track = evaluate(data, name, config_of(name))
             result["seconds"] = round(time.monotonic() - begun, 3)
             store.save(key, result, track)
             finished.append(name)
@@ -87,6 +93,8 @@ def evaluate(
     data: SceneData, name: str, config: ArmConfig
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """One cell: figures, and per-tick columns of an arm that moves."""
+    if data.scene.nodes > 1:
+        return evaluate_fleet(data, name), None
     head = {"scene": data.scene._asdict(), "arm": name}
     if isinstance(config, StaticArm):
         static = data.static(config.alpha)

@@ -35,7 +35,9 @@ def judge(results: Results, arm: str) -> list[Judged]:
     """All goals for one arm, wherever it has run without a fault."""
     judged: list[Judged] = []
     for scene in results.scenes:
-        if scene.fault or scene.requests is not None or arm not in results.arms(scene):
+        if scene.fault or scene.requests is not None or scene.nodes > 1:
+            continue
+        if arm not in results.arms(scene):
             continue
         if scene.load == "1.0":
             judged += _anchor(results, scene, arm)

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from hbm_study.arms import ArmError, check_models, load_arm
+from hbm_study.arms import ArmError, check_models
 from hbm_study.backends import Backend
 from hbm_study.cells import Cell, Scene, Store
-from hbm_study.evaluate import Done, Job, key_of, run_job
+from hbm_study.evaluate import Done, Job, config_of, key_of, run_job
 from hbm_study.frozen import digest_of
 from hbm_study.suite import Suite
 
@@ -34,7 +34,7 @@ class Plan:
         wanted = suite.cells()
         left_out = {}
         for arm in dict.fromkeys(cell.arm for cell in wanted):
-            config = load_arm(arm)
+            config = config_of(arm)
             try:
                 check_models(config)
             except ArmError as error:

@@ -36,6 +36,8 @@ FINE_STEP = 0.0125
 FINE_REACH = 0.0375
 """The fine grid goes so far to both sides of the coarse minimum."""
 TICK_S = 0.25
+FLEET_RATE = 0.001
+"""Share of rows followed on fleets: their streams are long."""
 Mask = npt.NDArray[np.bool_]
 
 
@@ -58,16 +60,44 @@ class SceneData:
     @cached_property
     def workload(self) -> Workload:
         """As gathered in this scene. Raises WorkloadError."""
-        return load_workload(self.scene.workload).with_gather(self.scene.gather)
+        workload = load_workload(self.scene.workload).with_gather(self.scene.gather)
+        if self.scene.hot is None:
+            return workload
+        regimes = {
+            name: regime.model_copy(
+                update={"users": regime.users.model_copy(update={"hot": self.scene.hot})}
+            )
+            for name, regime in workload.regimes.items()
+        }
+        return workload.model_copy(update={"regimes": regimes})
 
     @cached_property
     def stream(self) -> Stream:
         """At the scene's load."""
         scene, workload = self.scene, self.workload
+        if scene.nodes > 1:
+            return self._for_fleet()
         if scene.load == EQUAL:
             qps = min(phase_rates(workload, workload.phases()))
             return make_stream(workload, scene.seed, qps=qps, requests=scene.requests)
         return make_stream(workload, scene.seed, load=float(scene.load), requests=scene.requests)
+
+    def _for_fleet(self) -> Stream:
+        """A longer walk at one rate: a node's lowest capacity, times the nodes, times the load."""
+        scene, workload = self.scene, self.workload
+        walk = tuple(
+            step.model_copy(update={"requests": step.requests * scene.nodes})
+            for step in workload.walk
+        )
+        update = {"walk": walk, "warm_up": workload.warm_up * scene.nodes}
+        requests = None if scene.requests is None else scene.requests * scene.nodes
+        # Capacities are those of the shipped regimes: another hot share is another traffic at the
+        # same rate, which is what a router sees.
+        shipped = load_workload(scene.workload).with_gather(scene.gather)
+        qps = min(phase_rates(shipped, shipped.phases())) * float(scene.load) * scene.nodes
+        return make_stream(
+            workload.model_copy(update=update), scene.seed, FLEET_RATE, qps=qps, requests=requests
+        )
 
     @cached_property
     def spec(self) -> NodeSpec:

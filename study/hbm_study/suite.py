@@ -33,7 +33,11 @@ class Block(_Section):
     arms: tuple[str, ...] = Field(min_length=1)
     """Names of arms, or of lists of `arm_lists`."""
     requests: int | None = Field(None, ge=1)
-    """The walk is cut after so many."""
+    """The walk is cut after so many, per node."""
+    nodes: tuple[int, ...] = (1,)
+    """Above 1: arms are `ROUTING+ARM`."""
+    hot: tuple[float | None, ...] = (None,)
+    """Shares of requests of hot users; null: as the workload says."""
 
 
 class Suite(_Section):
@@ -66,11 +70,13 @@ class Suite(_Section):
 
     def _scenes(self, block: Block, seed: int) -> list[Scene]:
         return [
-            Scene(workload, load, gather, seed, fault, block.requests)
+            Scene(workload, load, gather, seed, fault, block.requests, nodes, hot)
             for workload in block.workloads
             for load in block.loads
             for gather in block.gathers
             for fault in block.faults
+            for nodes in block.nodes
+            for hot in block.hot
         ]
 
 

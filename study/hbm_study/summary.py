@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -85,7 +85,7 @@ def summarise(data: SceneData, outcome: Outcome, track: Track) -> dict[str, Any]
     star, low, high = _references(data, request)
     anchor_error = np.abs(track.anchor - star)
     applied_error = np.abs(track.alpha - star)
-    pooled = _figures(outcome, counted, slo_ms)
+    pooled = figures_of(outcome, counted, slo_ms)
     regimes: dict[str, dict[str, Any]] = {}
     held_ms = 0.0
     for index, regime in enumerate(stream.regimes):
@@ -96,7 +96,7 @@ def summarise(data: SceneData, outcome: Outcome, track: Track) -> dict[str, Any]
         settled = stream.of_regime(regime)
         ticks = (stream.regime[request] == index) & stream.settled[request]
         ticks &= stream.counted[request]
-        figures = _figures(outcome, whole, slo_ms)
+        figures = figures_of(outcome, whole, slo_ms)
         held_ms += best.service_ms * int(whole.sum())
         served_ms = outcome.service_ms[settled & ~np.isnan(outcome.latency_ms)]
         anchor_off = distance_to_plateau(track.anchor, low, high)
@@ -178,7 +178,18 @@ def _references(data: SceneData, request: npt.NDArray[np.int64]) -> tuple[Floats
     return columns[:, 0], columns[:, 1], columns[:, 2]
 
 
-def _figures(outcome: Outcome, mask: npt.NDArray[np.bool_], slo_ms: float) -> dict[str, Any]:
+class Timed(Protocol):
+    """What figures are made of; columns of the stream."""
+
+    @property
+    def latency_ms(self) -> Floats: ...
+    @property
+    def service_ms(self) -> Floats: ...
+    @property
+    def kv_hit(self) -> npt.NDArray[np.bool_]: ...
+
+
+def figures_of(outcome: Timed, mask: npt.NDArray[np.bool_], slo_ms: float) -> dict[str, Any]:
     """Percentiles over offered requests: a refused one was never answered."""
     latency_ms = outcome.latency_ms[mask]
     refused = np.isnan(latency_ms)
@@ -190,8 +201,6 @@ def _figures(outcome: Outcome, mask: npt.NDArray[np.bool_], slo_ms: float) -> di
         **{f"p{share}_ms": _finite(percentile(offered, share / 100.0)) for share in (50, 95, 99)},
         "latency_ms": _mean(latency_ms[~refused]),
         "service_ms": _mean(service_ms),
-        "gather_ms": _mean(outcome.gather_ms[mask][~refused]),
-        "compute_ms": _mean(outcome.compute_ms[mask][~refused]),
         "slo": float((offered <= slo_ms).mean()) if len(offered) else math.nan,
         "kv_hit": _mean(outcome.kv_hit[mask][~refused].astype(np.float64)),
     }

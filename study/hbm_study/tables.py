@@ -21,7 +21,8 @@ from hbm_study.results import (
 from hbm_study.statistics import Interval
 
 HEAD = tuple[str, ...]
-OURS = ("twin", "twin-adapter", "twin-adapter-gate", "drop", "full")
+FLEET_REFERENCE = "round_robin+static-0.50"
+OURS = ("twin", "twin-adapter", "twin-adapter-gate", "drop", "defaults", "full")
 _SHOWN_STATICS = ("static-0.10", "static-0.30", "static-0.50", "static-0.70", "static-0.90")
 
 
@@ -57,6 +58,10 @@ def scene_name(scene: Scene) -> str:
     parts = [scene.workload, load, scene.gather]
     if scene.fault:
         parts.append(scene.fault)
+    if scene.nodes > 1:
+        parts.append(f"{scene.nodes} nodes")
+    if scene.hot is not None:
+        parts.append(f"{100 * scene.hot:.0f} % hot users")
     if scene.requests is not None:
         parts.append(f"first {scene.requests:,} requests")
     return ", ".join(parts)
@@ -249,6 +254,42 @@ def refill_table(results: Results, scenes: Iterable[Scene], arms: Sequence[str])
         "missed rows, GB",
         "copies that waited for refill, %",
         "P99 against best static",
+    )
+    return table(head, rows)
+
+
+def fleet_table(results: Results) -> str:
+    """Routing policies on several nodes, against round robin with α = 0.5."""
+    rows = []
+    for scene in results.scenes:
+        if scene.nodes == 1:
+            continue
+        for arm in results.arms(scene):
+            slo = results.mean(scene, arm, pooled("slo")).scaled(100.0)
+            hits = results.mean(scene, arm, pooled("kv_hit")).scaled(100.0)
+            rows.append(
+                [
+                    str(scene.nodes),
+                    "–" if scene.hot is None else f"{100 * scene.hot:.0f} %",
+                    scene.workload,
+                    arm,
+                    number(results.mean(scene, arm, p99), 1),
+                    percent(results.against(scene, arm, FLEET_REFERENCE)),
+                    number(slo, 2),
+                    number(hits, 1),
+                    number(results.mean(scene, arm, whole("busiest_node")), 2),
+                ]
+            )
+    head = (
+        "nodes",
+        "hot users",
+        "workload",
+        "routing + arm",
+        "P99, ms",
+        "against round robin",
+        "SLO met, %",
+        "KV hit, %",
+        "busiest ÷ mean",
     )
     return table(head, rows)
 

@@ -9,7 +9,7 @@ import pytest
 from hbm_study.arms import load_arm
 from hbm_study.backends import JoblibBackend
 from hbm_study.cells import Cell, Scene, Store, cell_key
-from hbm_study.evaluate import evaluate
+from hbm_study.evaluate import config_of, evaluate
 from hbm_study.results import BEST_STATIC, Results
 from hbm_study.run import Plan, run_suite
 from hbm_study.scene import SceneData
@@ -29,7 +29,7 @@ def test_shipped_suites_name_known_arms_and_scenes(name: str) -> None:
     assert cells
     assert len(set(cells)) == len(cells)
     for arm in {cell.arm for cell in cells}:
-        load_arm(arm)
+        config_of(arm)
 
 
 def test_an_unknown_suite_is_refused() -> None:
