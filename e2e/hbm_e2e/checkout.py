@@ -54,7 +54,8 @@ class Checkout:
     ) -> list[dict[str, Any]]:
         """The same two objects under another name and size; `annotations` and `user`, fields of the
         `securityContext`, are those of the pods."""
-        deployment, service = self.model_server
+        stated = (PROJECT / "docs" / "examples" / "server.yaml").read_text()
+        deployment, service = yaml.safe_load_all(stated)
         for one in (deployment, service):
             one["metadata"]["name"] = name
         labels = {"app": name}
@@ -65,7 +66,7 @@ class Checkout:
         template["metadata"]["annotations"] = dict(annotations or {})
         template["spec"]["securityContext"].update(user)
         service["spec"]["selector"] = labels
-        return [deployment, service]
+        return [self.runnable(deployment), service]
 
     def runnable(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """A Deployment of the reference server, as it can run on this cluster."""
