@@ -5,7 +5,21 @@ from __future__ import annotations
 import math
 
 import pytest
-from hbm_policy import Intake, PolicyState, Reason, ShieldConfig, decide
+from hbm_policy import (
+    Action,
+    Intake,
+    Policy,
+    PolicyConfig,
+    PolicyState,
+    Reason,
+    ResidualConfig,
+    ShieldConfig,
+    Traffic,
+    decide,
+    describe,
+    is_hold,
+)
+from hbm_policy.layers import MAX_SLEW_SCALE
 from hbm_pool.contracts.records import Mode
 
 TICK_NS = 250_000_000
@@ -162,3 +176,126 @@ def test_before_anything_was_read_it_says_so(make_info) -> None:
     assert decision.reasons == Reason.NO_TELEMETRY
     assert not decision.apply
     assert 0.0 <= decision.target <= 1.0
+
+
+class Wild:
+    """A residual that asks for as much as it can, another way each time."""
+
+    gain = 1.0
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def act(self, observation):
+        self.asked += 1
+        sign = 1.0 if self.asked % 3 else -1.0
+        return Action(sign, 1.0, 1.0, 0.0 if self.asked % 5 else 1.0)
+
+
+FAULTS = {
+    "telemetry frozen for 2 s": (
+        lambda tick, seen: {"telemetry_ns": 40 * TICK_NS},
+        range(41, 57),
+        Reason.TELEMETRY_STALE,
+    ),
+    "alpha is no number": (
+        lambda tick, seen: {"alpha": math.nan},
+        range(41, 49),
+        Reason.TELEMETRY_INVALID,
+    ),
+    "measured times are no numbers": (
+        lambda tick, seen: {
+            "traffic": Traffic(gather_ms=math.nan, compute_ms=math.inf, service_ms=-math.inf)
+        },
+        range(41, 49),
+        Reason.RESIDUAL,
+    ),
+    "the twin is dead": (
+        lambda tick, seen: {"curve": seen.curve._replace(monotonic_ns=40 * TICK_NS)},
+        range(41, 120),
+        Reason.CURVES_STALE,
+    ),
+    "prices x4": (
+        lambda tick, seen: {
+            "curve": seen.curve._replace(
+                cost_ms=tuple(4.0 * each for each in reversed(seen.curve.cost_ms))
+            )
+        },
+        range(41, 120),
+        Reason.GATE_OPEN,
+    ),
+    "prices are no numbers": (
+        lambda tick, seen: {"curve": seen.curve._replace(cost_ms=(math.nan,) * 17)},
+        range(41, 60),
+        Reason.CURVES_INVALID,
+    ),
+    "the clock jumps an hour ahead": (
+        lambda tick, seen: {"now_ns": seen.now_ns + HOUR_NS},
+        range(41, 43),
+        Reason.TELEMETRY_STALE,
+    ),
+    "the clock goes back": (
+        lambda tick, seen: {"now_ns": 1, "telemetry_ns": 1},
+        range(41, 43),
+        Reason.CLOCK_BACKWARDS,
+    ),
+    "the server restarts": (
+        lambda tick, seen: {"boot_epoch": 8, "telemetry_epoch": 8, "emb_accesses": tick},
+        range(41, 300),
+        Reason.SERVER_RESTARTED,
+    ),
+    "the link is no number": (
+        lambda tick, seen: {"link_busy": math.nan},
+        range(41, 60),
+        Reason.REFILL_PAUSED,
+    ),
+    "arrivals x10": (
+        lambda tick, seen: {"requests": seen.requests * 10},
+        range(41, 300),
+        Reason.GATE_OPEN,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_all_layers_stay_bounded_say_so_and_come_back(reading, valley, fault) -> None:
+    """With the burst gate on and a residual that always asks for the most."""
+    config = PolicyConfig(residual=ResidualConfig(residual_gain=1.0))
+    policy = Policy(config, residual=Wild())
+    change, when, reason = FAULTS[fault]
+    step = ShieldConfig().slew_per_s * MAX_SLEW_SCALE * 0.25 + EXTENT
+    # A tick that comes late counts for a second at most.
+    late = ShieldConfig().slew_per_s * MAX_SLEW_SCALE * 1.0 + EXTENT
+    state, alpha, generation, boot = PolicyState(), 0.5, 0, 7
+    said = 0
+    for tick in range(1, 300):
+        best = 0.75 if tick % 160 < 80 else 0.3
+        seen = reading(
+            tick,
+            alpha=alpha,
+            alpha_target=alpha,
+            command_generation=generation,
+            requests=20 * tick,
+            pool_bytes=1 << 30,
+            curve=valley(best, monotonic_ns=tick * TICK_NS, requests=20 * tick),
+        )
+        if tick in when:
+            seen = seen._replace(**change(tick, seen))
+            if seen.boot_epoch != boot:
+                boot = seen.boot_epoch
+                seen = seen._replace(curve=None)
+        decision = policy.decide(seen, state)
+        state = decision.state
+        assert 0.1 <= decision.target <= 0.9
+        assert describe(decision.reasons)
+        said |= decision.reasons if tick in when else 0
+        if not decision.apply:
+            assert is_hold(decision)
+            continue
+        moved = abs(decision.target - alpha)
+        assert moved <= (late if tick in range(41, 62) else step) + 1e-9
+        alpha, generation = decision.target, decision.generation
+    assert said & reason
+    # Long after it is over the layers decide again, with a say for the residual.
+    assert decision.apply
+    assert decision.reasons & Reason.RESIDUAL or fault == "the server restarts"
