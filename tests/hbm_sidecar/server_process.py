@@ -173,13 +173,15 @@ class Server:
             ("kv_tokens_reused", history - computed),
             ("kv_tokens_computed", computed),
             ("candidate_tokens", 32),
+            ("context_tokens", computed * (2 * history - computed + 1) // 2 + 32 * history),
+            ("timed_accesses", computed + 32),
             ("emb_accesses", computed + 32),
             ("emb_misses", (computed + 32) // 4),
             ("emb_hits", computed + 32 - (computed + 32) // 4),
         ):
             telemetry[field] += np.uint64(grown)
         telemetry["class_accesses"][0] = telemetry["emb_accesses"]
-        telemetry["class_misses"][0] = telemetry["emb_misses"]
+        telemetry["class_misses"][0] = telemetry["timed_misses"][0] = telemetry["emb_misses"]
         gather, compute = 0.002 * ((computed + 32) // 4), 0.3 + 0.01 * (computed + 32)
         telemetry["gather_ms"] += gather
         telemetry["compute_ms"] += compute

@@ -233,6 +233,22 @@ def test_recommend_decides_and_publishes_but_does_not_apply(shared, start_server
     decision = wait_for(anchored, "an anchor is published")
     assert decision["mode"] == "recommend"
     assert decision["applied"] is False
+    layers = decision["layers"]
+    assert layers["anchor"]["anchor"] == decision["anchor"]
+    assert layers["gate"]["phase"] == "normal"
+    assert layers["residual"]["asked"] is False
+    assert layers["shield"]["wish"] == pytest.approx(decision["anchor"])
+    said = sidecar.control("GET", "/v1/explain?last=1").json()
+    assert said["residual"]["used"] == ""
+    assert said["policy"]["residual_gain"] == 0.0
+
+    def learned() -> dict[str, Any] | None:
+        prices = sidecar.control("GET", "/v1/explain?last=1").json()["prices"]
+        return prices if prices.get("batches", 0) > 200 else None
+
+    # The server's batches take what it declares.
+    for pair in wait_for(learned, "prices are learned")["constants"].values():
+        assert pair["used"] == pytest.approx(pair["declared"], rel=0.05)
     assert server.tell()["command_generation"] == 0
     assert command_of(sidecar.run_dir) == before
 
