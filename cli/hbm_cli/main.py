@@ -23,6 +23,7 @@ _SHORT_HELP = {
     "serve": "Reference model server over one pool for rows and KV pages.",
     "sidecar": "Decides α for the model server beside it.",
     "sweep": "Exhaustive static sweep: the best α of a workload, by simulation.",
+    "trace": "What a workload or an access log is like: α*, reuse, hot users, dispersion.",
     "train": "Train the learned residual on the simulator.",
 }
 

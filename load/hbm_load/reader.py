@@ -38,6 +38,8 @@ class LogColumns(NamedTuple):
     """One item, or several: separated by spaces, `|`, `;` or `,`, or a JSON (Parquet: any) list."""
     time_unit: TimeUnit = "auto"
     """`auto` tells s, ms, us and ns apart by the size of most times (Unix times after 1973)."""
+    header: tuple[str, ...] = ()
+    """Names of all columns of a text file whose first line does not name them. (): it does."""
 
 
 DEFAULT_COLUMNS = LogColumns()
@@ -83,7 +85,8 @@ def read_log(
     parts: int = 3,
     seed: int = 0,
 ) -> LogTrace:
-    """Reads a log; the file name ends with .csv, .csv.gz, .tsv or .parquet.
+    """Reads a log; the file name ends with .csv, .csv.gz, .tsv or .parquet, or with .json, .jsonl
+    or .json.gz for one JSON object per line.
 
     A line is one visit: its items are ranked among `candidates` in all, the others being drawn
     from the log by their frequency, and then join the user's history. Items are numbered by first
@@ -98,6 +101,8 @@ def read_log(
     rejected: list[tuple[int, str]] = []
     lines = 0
     rows = _parquet_rows if path.suffix == ".parquet" else _text_rows
+    if {".json", ".jsonl"} & set(path.suffixes):
+        rows = _json_rows
     try:
         for number, row in rows(path, columns):
             lines += 1
@@ -207,8 +212,10 @@ def _text_rows(
     delimiter = "\t" if ".tsv" in path.suffixes else ","
     with opened(path, "rb") as stream:
         lines = enumerate(_bounded_lines(stream), start=1)
-        _, first = next(lines, (1, b""))
-        header = _split_line(first.removeprefix(b"\xef\xbb\xbf"), delimiter)
+        header: list[str] | Rejected = list(columns.header)
+        if not columns.header:
+            _, first = next(lines, (1, b""))
+            header = _split_line(first.removeprefix(b"\xef\xbb\xbf"), delimiter)
         if isinstance(header, Rejected):
             raise LogError(f"{path}: line 1: {header}; it must name the columns")
         header = [field.strip() for field in header]
@@ -231,6 +238,31 @@ def _text_rows(
                     yield number, (fields[places[0]], fields[places[1]], fields[places[2]])
             else:
                 yield number, fields
+
+
+def _json_rows(
+    path: Path, columns: LogColumns
+) -> Iterator[tuple[int, tuple[Any, Any, Any] | Rejected]]:
+    """(line number, raw values or why not) of one JSON object per line."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    wanted = (columns.time, columns.user, columns.items)
+    with opened(path, "rb") as stream:
+        for number, line in enumerate(_bounded_lines(stream), start=1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError):
+                yield number, Rejected("is not a JSON object")
+                continue
+            if not isinstance(values, dict):
+                yield number, Rejected("is not a JSON object")
+                continue
+            missing = [name for name in wanted if name not in values]
+            if missing:
+                yield number, Rejected(f"has no key {missing[0]!r}")
+                continue
+            yield number, (values[wanted[0]], values[wanted[1]], values[wanted[2]])
 
 
 def _bounded_lines(stream: io.BufferedIOBase | gzip.GzipFile | Any) -> Iterator[bytes]:

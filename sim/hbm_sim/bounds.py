@@ -4,7 +4,10 @@
 regime, at that regime's own α*: no move costs anything and caches are warm for every regime at
 once, which no server reaches. *Paying*: a real node is told at each change of regime to go towards
 α*, some part of the way from the best static split, at some speed, relocating rows or dropping
-them; the best price is chosen in hindsight, one for all seeds of a workload.
+them; the best price is chosen in hindsight, for each seed and (stricter) one for all of them.
+
+A static split pays for the change of regime too: its caches hold what the regime before left. So
+the warm-stitched oracle is also held against a static split that is warm in the same sense.
 
 `python -m hbm_sim.bounds` prints both for rows under LRU (by which the published bounds were found)
 and under the pool's own rule.
@@ -28,8 +31,9 @@ from hbm_sim.stream import Stream, make_stream, stream_of_phases
 from hbm_sim.workload import Phase, Workload, load_workload
 
 Rows = Literal["tz", "lru"]
-Oracle = Literal["stitched", "paying"]
-ORACLES: Final[tuple[Oracle, ...]] = ("stitched", "paying")
+Oracle = Literal["stitched", "warm", "paying", "one price"]
+ORACLES: Final[tuple[Oracle, ...]] = ("stitched", "warm", "paying", "one price")
+"""Against the best static split, but for `warm`: against a static one that is warm likewise."""
 WORKLOADS: Final = ("trend", "burst-hot", "burst-new", "mix")
 PUBLISHED: Final = {
     "trend": (22.0, 21.0),
@@ -41,6 +45,7 @@ PUBLISHED: Final = {
 FRACTIONS: Final = (0.25, 0.5, 0.75, 1.0)
 SLEWS_PER_S: Final = (0.02, 0.05, 0.2)
 STEP_S: Final = 0.25
+WARM_STEPS: Final = (-0.1, -0.05, 0.0, 0.05, 0.1)
 
 
 class Price(NamedTuple):
@@ -61,6 +66,7 @@ class SeedBounds:
     static_ms: float
     half_ms: float  # α = 0.5
     stitched_ms: float
+    warm_static_ms: float  # the best single α near the best static one, warm at once likewise
     paying_ms: dict[Price, float]
     moved_bytes: dict[Price, int]
 
@@ -76,12 +82,13 @@ class Bounds:
 
     def gains(self, oracle: Oracle) -> npt.NDArray[np.float64]:
         """P99 in % below the best static split, per seed."""
-        found = [
-            each.stitched_ms if oracle == "stitched" else each.paying_ms[self.price]
-            for each in self.seeds
-        ]
-        static = np.array([each.static_ms for each in self.seeds])
-        gains: npt.NDArray[np.float64] = 100.0 * (1.0 - np.array(found) / static)
+        pairs = {
+            "stitched": [(each.stitched_ms, each.static_ms) for each in self.seeds],
+            "warm": [(each.stitched_ms, each.warm_static_ms) for each in self.seeds],
+            "paying": [(min(each.paying_ms.values()), each.static_ms) for each in self.seeds],
+            "one price": [(each.paying_ms[self.price], each.static_ms) for each in self.seeds],
+        }[oracle]
+        gains: npt.NDArray[np.float64] = 100.0 * (1.0 - np.array([a / b for a, b in pairs]))
         return gains
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,6 +115,7 @@ class Bounds:
                 "static_p99_ms": each.static_ms,
                 "half_p99_ms": each.half_ms,
                 "stitched_p99_ms": each.stitched_ms,
+                "warm_static_p99_ms": each.warm_static_ms,
                 "paying_p99_ms": each.paying_ms[self.price],
                 "moved_gb": each.moved_bytes[self.price] / 1e9,
             }
@@ -182,15 +190,15 @@ def _of_seed(
 ) -> SeedBounds:
     counted = stream.counted
     alpha = {each.regime: each.by_service.alpha for each in optimum.regimes}
-    gather, compute = np.zeros(len(stream)), np.zeros(len(stream))
-    for name, best in alpha.items():
-        here = stream.regime == stream.regimes.index(name)
-        gather[here], compute[here] = _warm_times(
-            workload, name, int(here.sum()), spec, rows, best, seed, stream.rate
-        )
-    stitched = latencies(stream, spec, gather, compute)
     static = optimum.pooled.by_p99
+    low, high = spec.info.alpha_min, spec.info.alpha_max
+    near = [min(max(static.alpha + step, low), high) for step in WARM_STEPS]
+    stitched_ms, *warm_ms = _warm_p99(
+        workload, stream, spec, rows, [alpha, *(dict.fromkeys(alpha, each) for each in near)], seed
+    )
     paying, moved = {}, {}
+    # It may also leave α alone.
+    paying[Price(0.0, 0.0)], moved[Price(0.0, 0.0)] = static.value_ms, 0
     for price in prices(rows):
         paying[price], moved[price] = _paying(stream, spec, rows, alpha, static.alpha, price)
     return SeedBounds(
@@ -199,7 +207,8 @@ def _of_seed(
         static_alpha=static.alpha,
         static_ms=static.value_ms,
         half_ms=p99(optimum.run_at(0.5).latency_ms[counted]),
-        stitched_ms=p99(stitched[counted]),
+        stitched_ms=stitched_ms,
+        warm_static_ms=min(warm_ms),
         paying_ms=paying,
         moved_bytes=moved,
     )
@@ -215,22 +224,29 @@ def prices(rows: Rows) -> list[Price]:
     ]
 
 
-def _warm_times(
+def _warm_p99(
     workload: Workload,
-    regime: str,
-    count: int,
+    stream: Stream,
     spec: NodeSpec,
     rows: Rows,
-    alpha: float,
+    splits: list[dict[str, float]],
     seed: int,
-    rate: float,
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Gather and compute of `count` requests of one regime on a node that knows no other."""
-    kind = next(phase.regime for phase in workload.phases() if phase.name == regime)
-    phases = [Phase("", workload.warm_up, kind), Phase(regime, count, kind)]
-    only = stream_of_phases(workload, phases, [1.0, 1.0], seed, rate)
-    run = static_run(only, spec, alpha, rows)
-    return run.gather_ms[-count:], run.compute_ms[-count:]
+) -> list[float]:
+    """P99 if each request took what it takes on a node that knows no other regime and holds the
+    split given for it; one for each of `splits`."""
+    kinds = {phase.name: phase.regime for phase in workload.phases()}
+    times = np.zeros((len(splits), 2, len(stream)))
+    for name in splits[0]:
+        here = np.flatnonzero(stream.regime == stream.regimes.index(name))
+        phases = [Phase("", workload.warm_up, kinds[name]), Phase(name, len(here), kinds[name])]
+        only = stream_of_phases(workload, phases, [1.0, 1.0], seed, stream.rate)
+        for alpha in {split[name] for split in splits}:
+            run = static_run(only, spec, alpha, rows)
+            for index, split in enumerate(splits):
+                if split[name] == alpha:
+                    times[index, 0, here] = run.gather_ms[-len(here) :]
+                    times[index, 1, here] = run.compute_ms[-len(here) :]
+    return [p99(latencies(stream, spec, *each)[stream.counted]) for each in times]
 
 
 def _paying(
@@ -303,12 +319,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _line(found: Bounds) -> str:
     text = f"{found.workload:10} {found.rows:4}"
-    for index, oracle in enumerate(ORACLES):
+    published = dict(zip(("warm", "paying"), PUBLISHED.get(found.workload, ()), strict=False))
+    for oracle in ORACLES:
         gains = found.gains(oracle)
         error = gains.std(ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else float("nan")
-        text += f"  {oracle} {gains.mean():5.1f} ± {error:.1f} %"
-        if found.workload in PUBLISHED and found.rows == "lru":
-            text += f" (published {PUBLISHED[found.workload][index]:.0f})"
+        text += f"  {oracle} {gains.mean():.1f} ± {error:.1f} %"
+        if found.rows == "lru" and oracle in published:
+            text += f" (published {published[oracle]:.0f})"
     alphas = {
         name: float(np.mean([each.alpha[name] for each in found.seeds]))
         for name in found.seeds[0].alpha

@@ -32,6 +32,7 @@ from hbm_sim.engine_moves import (
     CAUSAL,
     COMPUTE,
     COMPUTE_FREE,
+    CONTEXT,
     CONTEXT_MS,
     COPIES,
     COPY_MS,
@@ -315,6 +316,7 @@ def serve(
         whole[TOKENS_REUSED] += cached
         whole[TOKENS_COMPUTED] += new
         whole[CANDIDATES] += candidates
+        whole[CONTEXT] += round(context)
         outcome.latency_ms[i] = done - arrival
         whole[SLO_MET] += done - arrival <= fixed[SLO_MS]
         outcome.service_ms[i] = service

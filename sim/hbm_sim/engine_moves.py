@@ -58,6 +58,7 @@ RELOCATED: Final = 24
 ANONYMOUS: Final = 25
 NOTED: Final = 26  # accesses since heat was halved
 UNCACHED: Final = 27
+CONTEXT: Final = 28  # history tokens attended to, summed over computed tokens
 WHOLE: Final = 32
 
 # Places in `Node.real`.

@@ -43,7 +43,7 @@ class SampledRows:
         self.rows = rows
         self.rate = rate
         self._top = unsampled_top if rate < 1.0 else 0
-        self.ids: Ints = _sampled_ids(rows, rate)
+        self.ids: Ints = sampled_ids(rows, rate)
         # The row of a rank: an affine bijection, so that hot rows lie anywhere; other seeds make
         # other rows hot, since one draw of sampled rows proves little.
         multiplier = int(rows * 0.6180339887498949) | 1
@@ -93,7 +93,7 @@ class SampledRows:
 
 
 @functools.lru_cache(maxsize=4)
-def _sampled_ids(rows: int, rate: float) -> Ints:
+def sampled_ids(rows: int, rate: float) -> Ints:
     """Ids of the rows of table 0 that a server of that rate samples (`identity.sampled`)."""
     if rate >= 1.0:
         return np.arange(rows, dtype=np.int64)
