@@ -52,6 +52,12 @@ def missing(sidecar: Any) -> dict[str, str]:
         return {}
 
 
+def wished(decision: dict[str, Any]) -> dict[str, Any] | None:
+    """The decision, if the layers below the shield had a wish."""
+    wish = decision["layers"]["shield"]["wish"] if decision else None
+    return decision if wish is not None else None
+
+
 def reasoned(sidecar: Any, reason: str, after: int = -1) -> dict[str, Any]:
     """The newest decision if it states the reason and comes after that tick, else nothing."""
     decision = newest(sidecar)
@@ -237,7 +243,7 @@ def test_recommend_decides_and_publishes_but_does_not_apply(shared, start_server
     assert layers["anchor"]["anchor"] == decision["anchor"]
     assert layers["gate"]["phase"] == "normal"
     assert layers["residual"]["asked"] is False
-    assert layers["shield"]["wish"] == pytest.approx(decision["anchor"])
+    assert layers["shield"]["goal"] is not None
     said = sidecar.control("GET", "/v1/explain?last=1").json()
     assert said["residual"]["used"] == ""
     assert said["policy"]["residual_gain"] == 0.0
@@ -246,6 +252,11 @@ def test_recommend_decides_and_publishes_but_does_not_apply(shared, start_server
         prices = sidecar.control("GET", "/v1/explain?last=1").json()["prices"]
         return prices if prices.get("batches", 0) > 200 else None
 
+    trusted = wait_for(lambda: wished(newest(sidecar)), "the twin is warm")
+    assert trusted["layers"]["shield"]["wish"] == pytest.approx(
+        trusted["layers"]["anchor"]["anchor"]
+    )
+    assert trusted["applied"] is False
     # The server's batches take what it declares.
     for pair in wait_for(learned, "prices are learned")["constants"].values():
         assert pair["used"] == pytest.approx(pair["declared"], rel=0.05)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hbm_policy import CostConstants
+from hbm_policy import CostConstants, DeclaredCosts, PriceState, RlsAdapter
 from hbm_policy.twin import Twin
 from hbm_pool.contracts.control_block import ServerView
 from hbm_pool.contracts.records import CURVES, TELEMETRY
@@ -72,3 +72,31 @@ async def test_the_curve_is_the_same_whatever_alpha_the_server_runs_at(
     points = int(low["points"])
     assert np.ptp(low["cost_ms"][:points]) > 0.02 * low["cost_ms"][0], "candidates differ"
     assert low["kv_hit_ratio"][0] == pytest.approx(low_kv, abs=0.15)
+
+
+async def test_prices_are_learned_from_a_real_servers_batches(tmp_path: Path) -> None:
+    engine = Engine(load_config("tiny", {"pool.alpha": 0.4}), run_dir=tmp_path)
+    view = ServerView.open(tmp_path)
+    seen, adapter = np.zeros((), TELEMETRY), RlsAdapter()
+    engine.start()
+    try:
+        for request in requests():
+            await engine.rank(request)
+            if view.read_telemetry(seen):
+                costs = adapter.constants(seen)
+    finally:
+        engine.close()
+    assert view.read_telemetry(seen)
+    assert costs is not None
+    assert adapter.state is PriceState.LEARNED
+    assert adapter.batches > REQUESTS / 2
+    assert int(seen["context_tokens"]) > int(seen["kv_tokens_computed"])
+    # The pool has counted the calibration at start too.
+    assert 0 < int(seen["timed_accesses"]) <= int(seen["emb_accesses"])
+    assert 0 < int(seen["timed_misses"].sum()) <= int(seen["class_misses"].sum())
+    declared = DeclaredCosts().constants(seen)
+    assert declared is not None
+    for ours, theirs in zip(
+        (*costs[:3], *costs.row_ms), (*declared[:3], *declared.row_ms), strict=True
+    ):
+        assert theirs / 4.1 <= ours <= theirs * 4.1
