@@ -25,7 +25,17 @@ def hbm(monkeypatch, capfd):
     return hbm
 
 
-COMMANDS = ("bench", "demo", "explain", "plan", "router", "serve", "sidecar", "sweep")
+COMMANDS = (
+    "bench",
+    "demo",
+    "explain",
+    "plan",
+    "router",
+    "serve",
+    "sidecar",
+    "sweep",
+    "trace",
+)
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "bench decide", "bench all"])
