@@ -19,6 +19,7 @@ _SHORT_HELP = {
     "export": "A trained residual as the ONNX file that sidecars load, with its card.",
     "operator": "The Kubernetes operator: controller, webhook, custom resources.",
     "plan": "What a pool of a given size holds, before anything starts.",
+    "replay-decisions": "Decides a log of decisions again and says where it differs.",
     "router": "Ingress router: sends each user to the pod that holds them.",
     "serve": "Reference model server over one pool for rows and KV pages.",
     "sidecar": "Decides α for the model server beside it.",
