@@ -105,7 +105,8 @@ def advise(
     stream: Stream, spec: NodeSpec, *, qps: float | None = None, slo_ms: float | None = None
 ) -> Advice:
     """Sweeps, adapts, compares. `qps`: mean arrivals per second; None: so that the best static α
-    keeps the server busy for `USED_SHARE` of the time. Gaps keep their proportions.
+    keeps the server busy for `USED_SHARE` of the time. Gaps keep their proportions. `slo_ms`: None
+    for twice the median latency of the best static α.
 
     Raises AdviceError for too short a log.
     """
@@ -128,7 +129,7 @@ def advise(
     static = runs[points.index(best_tail.alpha)]
     latency_ms = latencies(stream, spec, static.gather_ms, static.compute_ms)
     run = _adaptive(stream, spec, best_tail.alpha)
-    goal = slo_ms or info.slo_ms or 2.0 * float(np.percentile(latency_ms[counted], 50))
+    goal = slo_ms or 2.0 * float(np.percentile(latency_ms[counted], 50))
     first = int(np.searchsorted(run.time_s, stream.arrival_s[stream.warm_up]))
     return Advice(
         requests=int(counted.sum()),

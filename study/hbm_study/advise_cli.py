@@ -71,13 +71,13 @@ def advise(
     """
     from hbm_load.errors import LoadError
     from hbm_load.reader import LogColumns, read_log
-    from hbm_policy.costs import CostConstants
     from hbm_sim.model_file import ModelFileError
+    from hbm_sim.trace_stream import stream_of_trace
 
     from hbm_study.advice_page import page, policy_yaml
     from hbm_study.advise import AdviceError
     from hbm_study.advise import advise as make_advice
-    from hbm_study.log_stream import node_of, stream_of
+    from hbm_study.log_node import Compute, node_of
 
     names = columns.split(",")
     if len(names) != 3:
@@ -91,18 +91,19 @@ def advise(
             candidates=candidates,
             parts=parts,
         )
-        row_ms = tuple(each.row_bytes / gather_bytes_per_s * 1e3 for each in info.classes)
-        costs = CostConstants(fixed_ms, token_us / 1e3, token_context_ns / 1e6, row_ms)
-        node = node_of(info, costs, gather_bytes_per_s)
-        advice = make_advice(
-            stream_of(read.trace, node.spec.info), node.spec, qps=qps, slo_ms=slo_ms
-        )
+        compute = Compute(fixed_ms, token_us, token_context_ns, gather_bytes_per_s)
+        node = node_of(read.trace, info, config, compute)
+        stream = stream_of_trace(read.trace, node.workload)
+        spec = node.workload.node_spec()
+        goal = slo_ms or info.slo_ms or None
+        advice = make_advice(stream, spec, qps=qps, slo_ms=goal)
         plan = _plan(config)
     except (LoadError, ModelFileError, AdviceError, ValueError, OSError) as error:
         _refuse(str(error))
     notes = [f"{read.report.rejected} of {read.report.lines} lines could not be used."]
-    if node.averaged:
-        notes.append("Tables of several widths were simulated at their mean width.")
+    if node.rounded:
+        width = node.workload.node.row_bytes
+        notes.append(f"All tables were simulated with rows of {width} bytes.")
     out.mkdir(parents=True, exist_ok=True)
     described = {**advice.as_dict(), "notes": notes}
     (out / "advice.html").write_text(page(advice, plan, f"{trace.name} on {model}", notes))

@@ -14,9 +14,6 @@ from hbm_study.evaluate import Done, Job, config_of, key_of, run_job
 from hbm_study.frozen import digest_of
 from hbm_study.suite import Suite
 
-CHUNK = 6
-"""Arms of one scene in one job: a worker keeps its scene, and progress is seen."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -85,8 +82,7 @@ def _jobs(missing: dict[Cell, str], folder: Path, cache: Path, stop_at: float) -
     for cell, key in missing.items():
         by_scene.setdefault(cell.scene, []).append((cell.arm, key))
     for scene, arms in by_scene.items():
-        for first in range(0, len(arms), CHUNK):
-            yield Job(scene, tuple(arms[first : first + CHUNK]), folder, cache, stop_at)
+        yield Job(scene, tuple(arms), folder, cache, stop_at)
 
 
 def _until(stop_at: float, jobs: Iterable[Job]) -> Iterator[Job]:

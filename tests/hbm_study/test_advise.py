@@ -12,7 +12,7 @@ import yaml
 from hbm_load.reader import read_log
 from hbm_sim.model_file import load_node
 from hbm_study.advise_cli import app
-from hbm_study.log_stream import stream_of
+from hbm_study.log_node import Compute, node_of
 from typer.testing import CliRunner
 
 MODEL = {
@@ -51,23 +51,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return log, model
 
 
-def test_a_log_becomes_the_stream_that_its_server_would_see(files: tuple[Path, Path]) -> None:
+def test_the_simulated_node_is_that_of_the_model_file(files: tuple[Path, Path]) -> None:
     log, model = files
-    info, _ = load_node(str(model))
+    info, config = load_node(str(model))
     trace = read_log(log, catalogue=20_000, candidates=16).trace
-    stream = stream_of(trace, info)
-    assert len(stream) == len(trace)
-    assert (stream.tokens <= info.max_sequence_tokens).all()
-    assert (stream.history_lookups == stream.tokens * 2).all()
-    assert (stream.candidate_lookups == stream.candidates * 2).all()
-    assert (stream.user > 0).all()
-    # What is sampled is the stated share of what is looked up.
-    share = len(stream.history_rows) / stream.history_lookups.sum()
-    assert share == pytest.approx(stream.rate, rel=0.3)
-    # A user's new tokens are what the history has grown by.
-    visits = np.flatnonzero(stream.user == stream.user[-1])
-    grown = np.diff(trace.history_length[visits])
-    assert stream.new_tokens[visits][1:].tolist() == grown.tolist()
+    made = node_of(trace, info, config, Compute(1.0, 20.0, 10.0, 1e8))
+    simulated = made.workload.node_spec()
+    assert simulated.info.extents == info.extents
+    assert simulated.info.pages_per_extent == info.pages_per_extent
+    assert simulated.info.classes[0].rows_per_extent == info.classes[0].rows_per_extent
+    assert simulated.costs.row_ms[0] == pytest.approx(256 / 1e8 * 1e3)
+    assert not made.rounded
+    assert made.workload.node.lookups_per_token == 2
 
 
 def test_steady_traffic_is_told_to_keep_alpha_fixed(
