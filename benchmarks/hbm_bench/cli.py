@@ -32,6 +32,7 @@ MODULES = {
     "serving": "pipelined, serial and uncached server on the same requests",
     "router": "decision with 64 nodes; CPU per request, direct to backend beside it",
     "simulator": "50,000 requests on one simulated node; 64 nodes for ten minutes",
+    "calibration": "the simulator against the reference server: hit rates, P50, P99",
 }
 
 

@@ -182,7 +182,11 @@ def p99(latency_ms: npt.NDArray[np.float64]) -> float:
     """P99 over offered requests: a refused one (NaN) was never answered."""
     if len(latency_ms) == 0:
         return float("nan")
-    return float(np.percentile(np.where(np.isnan(latency_ms), np.inf, latency_ms), 99))
+    refused = np.isnan(latency_ms)
+    if refused.any():
+        # Without interpolation: between two infinities there is no number.
+        return float(np.percentile(np.where(refused, np.inf, latency_ms), 99, method="higher"))
+    return float(np.percentile(latency_ms, 99))
 
 
 def latencies(
