@@ -78,6 +78,7 @@ def run_suite(
 
 
 def _jobs(missing: dict[Cell, str], folder: Path, cache: Path, stop_at: float) -> Iterator[Job]:
+    """A whole scene each: two workers on one would both draw its stream and sweep it."""
     by_scene: dict[Scene, list[tuple[str, str]]] = {}
     for cell, key in missing.items():
         by_scene.setdefault(cell.scene, []).append((cell.arm, key))
