@@ -9,7 +9,8 @@ Each sample is compared with what was normal of late: z = (x - mean) / sd, and e
 g = max(0, g + z - k) on either side (Page 1954). Above h the gate opens. Mean and deviation are
 learned on the way and frozen while g > h/2, so that a change is not learned as normal before it is
 noticed. Traffic is correlated in time, which costs a detector one to two orders of magnitude in
-false alarms against independent samples: a long baseline takes slow wiggles for deviation.
+false alarms against independent samples: the deviation of a sum of samples grows with their
+correlation r by sqrt((1 + r) / (1 - r)), so r is learned too and z divided by that.
 
 NORMAL -> BURST (newest curve alone, faster moves, a bounded number of ticks) -> RECOVERING (until
 the link has refilled what moved: no faster than that, and no way back) -> NORMAL. After an opening
@@ -44,7 +45,18 @@ COST_SD_MIN: Final = 0.02
 """Least deviation of the logarithm of the cost: smaller changes are no burst."""
 COUNT_SD: Final = 0.5
 """Deviation of the square root of a Poisson count, whatever its mean (Anscombe 1948)."""
+MAX_CORRELATION: Final = 0.6
+"""Of one sample with the next, as far as it is taken into account: z is halved then. With more of
+it nothing but a change of several times would count."""
 _ANSCOMBE: Final = 0.375
+# A signal in memory: newest sample, samples behind the mean (below 0: how many are missing before
+# one is evidence), mean, variance, correlation with the sample before, that in standard
+# deviations, evidence up, evidence down.
+_UNKNOWN: Final = (0.0, -LEARN_SAMPLES, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+_UP: Final = 6
+_DOWN: Final = 7
+_HEAD: Final = 10
+_RATE_AT: Final = _HEAD + len(_UNKNOWN)
 _NORMAL: Final = float(Phase.NORMAL)
 _BURST: Final = float(Phase.BURST)
 _RECOVERING: Final = float(Phase.RECOVERING)
@@ -68,30 +80,10 @@ class BurstGate:
         """One tick. `memory` is () at first and after a restart of the server."""
         if not memory:
             return _first(reading)
-        (
-            phase,
-            ticks,
-            since,
-            began_at,
-            barred,
-            until_ns,
-            cost_ms,
-            requests,
-            cost_x,
-            cost_count,
-            cost_mean,
-            cost_var,
-            cost_up,
-            cost_down,
-            arrived,
-            seen_ns,
-            rate_x,
-            rate_count,
-            rate_mean,
-            rate_var,
-            rate_up,
-            rate_down,
-        ) = memory
+        phase, ticks, since, began_at, barred, until_ns, cost_ms, requests, arrived, seen_ns = (
+            memory[:_HEAD]
+        )
+        cost, rate = memory[_HEAD:_RATE_AT], memory[_RATE_AT:]
         h, now_ns = self._h, reading.now_ns
         since += 1.0
         # The cost: the mean of the requests that are new in the curve, which is itself a mean.
@@ -111,16 +103,7 @@ class BurstGate:
                 fresh_ms = (newest_ms - fade * cost_ms) / (1.0 - fade)
                 cost_ms, requests = newest_ms, float(curve.requests)
                 if 0.0 < fresh_ms < math.inf:
-                    cost_x = math.log(fresh_ms)
-                    cost_count, cost_mean, cost_var, cost_up, cost_down, _ = self._watch(
-                        cost_x,
-                        COST_SD_MIN,
-                        cost_count,
-                        cost_mean,
-                        cost_var,
-                        cost_up,
-                        cost_down,
-                    )
+                    cost, _ = self._watch(math.log(fresh_ms), COST_SD_MIN, cost)
         # The arrivals: the square root of a rate has the same deviation at any rate.
         elapsed_s = (now_ns - seen_ns) / 1e9
         z = 0.0
@@ -133,20 +116,16 @@ class BurstGate:
             arrived, seen_ns = now_arrived, float(now_ns)
             if came < 0.0:
                 came = 0.0
-            rate_x = math.sqrt((came + _ANSCOMBE) / elapsed_s)
-            rate_count, rate_mean, rate_var, rate_up, rate_down, z = self._watch(
-                rate_x,
+            rate, z = self._watch(
+                math.sqrt((came + _ANSCOMBE) / elapsed_s),
                 0.5 * COUNT_SD / math.sqrt(elapsed_s),
-                rate_count,
-                rate_mean,
-                rate_var,
-                rate_up,
-                rate_down,
+                rate,
             )
         else:  # a clock that went back: count from here
             arrived, seen_ns = now_arrived, float(now_ns)
         # The phases.
         config = self.config
+        cost_up, cost_down, rate_up, rate_down = cost[_UP], cost[_DOWN], rate[_UP], rate[_DOWN]
         if phase == _NORMAL:
             if (
                 cost_up > h or cost_down > h or rate_up > h or rate_down > h
@@ -154,9 +133,9 @@ class BurstGate:
                 phase, ticks, since, began_at, barred = _BURST, 0.0, 0.0, reading.alpha_target, 0.0
                 # The newest sample is what is normal now; how much it scatters is kept.
                 if cost_up + cost_up > h or cost_down + cost_down > h:
-                    cost_mean, cost_count, cost_up, cost_down = cost_x, RELEARN_SAMPLES, 0.0, 0.0
+                    cost, cost_up, cost_down = _renewed(cost), 0.0, 0.0
                 if rate_up + rate_up > h or rate_down + rate_down > h:
-                    rate_mean, rate_count, rate_up, rate_down = rate_x, RELEARN_SAMPLES, 0.0, 0.0
+                    rate, rate_up, rate_down = _renewed(rate), 0.0, 0.0
         elif phase == _BURST:
             ticks += 1.0
             if ticks >= config.gate_burst_ticks:
@@ -185,20 +164,10 @@ class BurstGate:
                     until_ns,
                     cost_ms,
                     requests,
-                    cost_x,
-                    cost_count,
-                    cost_mean,
-                    cost_var,
-                    cost_up,
-                    cost_down,
                     arrived,
                     seen_ns,
-                    rate_x,
-                    rate_count,
-                    rate_mean,
-                    rate_var,
-                    rate_up,
-                    rate_down,
+                    *cost,
+                    *rate,
                 ),
                 limit_per_s,
                 barred,
@@ -211,33 +180,27 @@ class BurstGate:
         )
 
     def _watch(
-        self,
-        x: float,
-        sd_min: float,
-        count: float,
-        mean: float,
-        var: float,
-        up: float,
-        down: float,
-    ) -> tuple[float, float, float, float, float, float]:
-        """One sample: (count, mean, variance, evidence up, evidence down, z).
-
-        `count`: samples behind the mean; below 0: how many are missing before one is evidence.
-        """
+        self, x: float, sd_min: float, signal: tuple[float, ...]
+    ) -> tuple[tuple[float, ...], float]:
+        """One sample of a signal: what is remembered of it then, and z."""
+        _, count, mean, var, together, last, up, down = signal
         off = x - mean
-        if count < 0.0:  # so many are still missing
+        if count < 0.0:  # so many samples are missing before one is evidence
             count += 1.0
             seen = LEARN_SAMPLES + count
             mean += off / seen
             var += (off * (x - mean) - var) / seen
-            return count or LEARN_SAMPLES, mean, var, 0.0, 0.0, 0.0
+            return (x, count or LEARN_SAMPLES, mean, var, 0.0, 0.0, 0.0, 0.0), 0.0
         sd = math.sqrt(var)
         if sd < sd_min:
             sd = sd_min
-        z = off / sd
+        # Sums of correlated samples scatter more, by this factor for an AR(1) process.
+        spread = math.sqrt((1.0 + together) / (1.0 - together))
+        z = off / (sd * spread)
         if not -MAX_Z <= z <= MAX_Z:
             z = MAX_Z if z > MAX_Z else -MAX_Z
-            off = z * sd
+            off = z * sd * spread
+        plain = z * spread
         k, h = self._k, self._h
         up += z - k
         down -= z + k
@@ -252,7 +215,9 @@ class BurstGate:
             mean += weight * off
             # The deviation is not learned faster than in the long run.
             var += self._weight * ((1.0 - weight) * off * off - var)
-        return count, mean, var, up, down, z
+            together += self._weight * (plain * last - together)
+            together = 0.0 if together < 0.0 else min(together, MAX_CORRELATION)
+        return (x, count, mean, var, together, plain, up, down), z
 
     def _refill_s(self, reading: Reading, moved: float) -> float:
         """How long the link needs for what moved, s; 0 where there is nothing to wait for."""
@@ -266,9 +231,11 @@ def _first(reading: Reading) -> Gating:
     """Nothing is known; the refractory time is over."""
     traffic = reading.traffic
     arrived = reading.requests + traffic.errors + traffic.overloads + traffic.queue_depth
-    memory = (
-        *(_NORMAL, 0.0, math.inf, 0.0, 0.0, 0.0),
-        *(0.0, 0.0, 0.0, -LEARN_SAMPLES, 0.0, 0.0, 0.0, 0.0),
-        *(float(arrived), float(reading.now_ns), 0.0, -LEARN_SAMPLES, 0.0, 0.0, 0.0, 0.0),
-    )
-    return Gating(open=False, slew_scale=1.0, memory=memory)
+    head = (_NORMAL, 0.0, math.inf, 0.0, 0.0, 0.0, 0.0, 0.0, float(arrived), float(reading.now_ns))
+    return Gating(open=False, slew_scale=1.0, memory=(*head, *_UNKNOWN, *_UNKNOWN))
+
+
+def _renewed(signal: tuple[float, ...]) -> tuple[float, ...]:
+    """After an alarm: the newest sample is the mean."""
+    x, _, _, var, together, last, _, _ = signal
+    return (x, RELEARN_SAMPLES, x, var, together, last, 0.0, 0.0)
