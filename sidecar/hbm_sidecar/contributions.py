@@ -144,7 +144,8 @@ def block(decision: dict[str, Any], priced: dict[str, Any], residual: dict[str, 
 def _residual(learned: dict[str, Any], status: dict[str, Any]) -> str:
     if not learned["asked"]:
         return status.get("why") or status.get("how") or "none"
-    words = f"shift {learned['shift']:+.4f}, part of the way x{_of(learned['fraction_scale'], 2)}"
+    shift = "-" if learned["shift"] is None else f"{learned['shift']:+.4f}"
+    words = f"shift {shift}, part of the way x{_of(learned['fraction_scale'], 2)}"
     return words + ("" if learned["text"] == "nothing" else f": {learned['text']}")
 
 
