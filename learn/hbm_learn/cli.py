@@ -98,6 +98,7 @@ def run_export(
         float,
         typer.Option(min=0.0, max=1.0, help="Share of its wish that `residual_gain` 1 takes."),
     ] = 1.0,
+    note: Annotated[str, typer.Option(help="A sentence for the limits on the card.")] = "",
 ) -> None:
     """Write a trained residual as the ONNX file that sidecars load, and its card."""
     from hbm_learn.checkpoint import CheckpointError
@@ -105,7 +106,7 @@ def run_export(
     from hbm_learn.training import TrainingError
 
     try:
-        done = write(run, out, gain=gain)
+        done = write(run, out, gain=gain, note=note)
     except (TrainingError, CheckpointError) as error:
         _fail("hbm export", str(error))
     typer.echo(f"{done.path}: {done.size_bytes} bytes, sha256 {done.sha256}")

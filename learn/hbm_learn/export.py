@@ -28,11 +28,11 @@ class Exported(NamedTuple):
     card: Path
 
 
-def export(folder: Path, out: Path, *, gain: float = 1.0) -> Exported:
+def export(folder: Path, out: Path, *, gain: float = 1.0, note: str = "") -> Exported:
     """The run's selected checkpoint as ONNX, with its card (`.md`) beside it.
 
-    `gain`: share of the network's wish that a policy at `residual_gain` 1 takes. Raises
-    TrainingError, CheckpointError.
+    `gain`: share of the network's wish that a policy at `residual_gain` 1 takes; `note`: a sentence
+    for the card's limits. Raises TrainingError, CheckpointError.
     """
     if not 0.0 <= gain <= 1.0:
         raise TrainingError(f"the gain is {gain:g}; it must be 0 to 1")
@@ -65,7 +65,16 @@ def export(folder: Path, out: Path, *, gain: float = 1.0) -> Exported:
     curves = {seed: read_curve(folder, seed) for seed in config.seeds}
     described = out.with_suffix(".md")
     text = card(
-        config, run["commit"], result, curves, gain, out.name, digest, len(content), difference
+        config,
+        run["commit"],
+        result,
+        curves,
+        gain,
+        out.name,
+        digest,
+        len(content),
+        difference,
+        note,
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ def test_a_folder_of_another_run_is_left_alone(whole, tiny) -> None:
 def test_an_export_is_what_the_sidecar_loads_and_its_card_says_the_truth(
     whole, tiny, tmp_path
 ) -> None:
-    done = export(whole, tmp_path / "residual.onnx", gain=0.5)
+    done = export(whole, tmp_path / "residual.onnx", gain=0.5, note="It rained.")
     assert hashlib.sha256(done.path.read_bytes()).hexdigest() == done.sha256
     residual = OnnxResidual(done.path, done.sha256)
     assert residual.gain == 0.5
@@ -123,6 +123,7 @@ def test_an_export_is_what_the_sidecar_loads_and_its_card_says_the_truth(
     assert card.count("| simulator |") == len(tiny.seeds)
     assert "--set 'hidden=8'" in card
     assert "--gain 0.5" in card
+    assert "* It rained.\n" in card
 
 
 def test_an_unfinished_run_is_not_exported(whole, tmp_path) -> None:
