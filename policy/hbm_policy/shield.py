@@ -197,19 +197,24 @@ class Shield:
             return _new(
                 Steered, (target, target, size, state.move_ns, state.move_accesses, reasons)
             )
-        elapsed_s = min(max((reading.now_ns - state.now_ns) / 1e9, 0.0), _MAX_STEP_S)
+        elapsed_s = (reading.now_ns - state.now_ns) / 1e9
+        if not 0.0 <= elapsed_s <= _MAX_STEP_S:
+            elapsed_s = 0.0 if elapsed_s < 0.0 else _MAX_STEP_S
         speed_per_s = self.config.slew_per_s
         if wish is not None:
-            speed_per_s = min(speed_per_s * wish.slew_scale, wish.slew_limit_per_s)
+            speed_per_s *= wish.slew_scale
+            if speed_per_s > wish.slew_limit_per_s:
+                speed_per_s = wish.slew_limit_per_s
         reach = speed_per_s * elapsed_s
-        if abs(ahead) <= reach + _EPSILON:
+        if -reach - _EPSILON <= ahead <= reach + _EPSILON:
             target = goal
             reasons |= _FINISHED
         else:
-            target += math.copysign(reach, ahead)
+            target += reach if ahead > 0.0 else -reach
             reasons |= _RAMPING
         # From outside the bounds the ramp does not count: whatever is commanded is allowed.
-        target = min(max(target, low), high)
+        if not low <= target <= high:
+            target = low if target < low else high
         return _new(Steered, (target, goal, size, reading.now_ns, reading.emb_accesses, reasons))
 
     def _may_start(self, reading: Reading, state: PolicyState, wish: Wish, wanted: float) -> int:
