@@ -105,10 +105,10 @@ class TableEnv(EpisodeEnv):
         self._at = int(np.searchsorted(episode.stream.arrival_s, self._time_ms / 1e3))
         self._state = PolicyState()
         self._refill = 0.0
+        self._reading = self._read()
         while self._period < self._now.first:
             self._decide(NO_ACTION)
             self._serve()
-        self._reading = self._read()
         return self._policy.observe(self._reading, self._state)
 
     def _go(self, action: Action) -> tuple[tuple[float, ...] | None, Step]:
@@ -126,7 +126,6 @@ class TableEnv(EpisodeEnv):
         )
         if self._period >= len(self._now.curves):
             return None, happened
-        self._reading = self._read()
         return self._policy.observe(self._reading, self._state), happened
 
     @property
@@ -136,7 +135,7 @@ class TableEnv(EpisodeEnv):
 
     def _decide(self, action: Action) -> None:
         self._action = action
-        decision: Decision = self._policy.decide(self._read(), self._state)
+        decision: Decision = self._policy.decide(self._reading, self._state)
         self._state = decision.state
         self._alpha, self._refill = decision.target, decision.refill_bytes_per_s
 
@@ -152,6 +151,7 @@ class TableEnv(EpisodeEnv):
             self._alpha,
             self._refill / 1e3 / pool_bytes,
         )
+        self._reading = self._read()
 
     def _read(self) -> Reading:
         """As the sidecar would read the records of such a node."""
