@@ -22,7 +22,15 @@ EQUAL: Final = "equal"
 """Load key: one rate for all regimes, the lowest of those at load 1."""
 SIMULATOR: Final = ("hbm_sim", "hbm_policy", "hbm_pool.host")
 """Packages that decide what a stream, a curve and a static split are."""
-EVERYTHING: Final = (*SIMULATOR, "hbm_study.arms")
+EVERYTHING: Final = (
+    *SIMULATOR,
+    "hbm_study.arms",
+    "hbm_study.evaluate",
+    "hbm_study.faults",
+    "hbm_study.fleet_cells",
+    "hbm_study.scene",
+    "hbm_study.summary",
+)
 
 
 class Scene(NamedTuple):
@@ -134,13 +142,15 @@ def cell_key(cell: Cell, workload_digest: str, arm: Mapping[str, Any]) -> str:
 
 @cache
 def sources_digest(packages: tuple[str, ...]) -> str:
-    """Hash of the sources of these packages."""
+    """Hash of the sources of these packages and modules."""
     digest = hashlib.sha256()
     for name in packages:
         spec = find_spec(name)
         assert spec is not None
         assert spec.origin is not None
-        for path in sorted(Path(spec.origin).parent.rglob("*.py")):
+        origin = Path(spec.origin)
+        package = origin.name == "__init__.py"
+        for path in sorted(origin.parent.rglob("*.py")) if package else [origin]:
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

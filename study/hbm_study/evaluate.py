@@ -96,7 +96,8 @@ def evaluate(
     if data.scene.nodes > 1:
         return evaluate_fleet(data, name), None
     head = {"scene": data.scene._asdict(), "arm": name}
-    if isinstance(config, StaticArm):
+    # A fault may change what a static split is worth: then it runs in the loop like everybody.
+    if isinstance(config, StaticArm) and not data.faults:
         static = data.static(config.alpha)
         outcome = outcome_of(static)
         figures = summarise(data, outcome, static_track(data, static.alpha))
@@ -112,7 +113,7 @@ def evaluate(
         data.scene.seed,
         tick_s=TICK_S,
         curves=data.track,
-        alpha=BEGIN_ALPHA,
+        alpha=config.alpha if isinstance(config, StaticArm) else BEGIN_ALPHA,
         faults=data.faults,
     )
     track = Track(*(getattr(run, column) for column in Track._fields))

@@ -124,6 +124,15 @@ def test_figures_are_over_offered_requests(data: SceneData) -> None:
     assert len(ticks["alpha"]) == len(ticks["time_s"])
 
 
+def test_a_restarted_server_costs_a_static_split_too(data: SceneData, cache: Path) -> None:
+    restarted = SceneData(data.scene._replace(fault="restart"), cache)
+    whole, _ = evaluate(data, "static-0.50", load_arm("static-0.50"))
+    hurt, ticks = evaluate(restarted, "static-0.50", load_arm("static-0.50"))
+    assert hurt["pooled"]["service_ms"] > whole["pooled"]["service_ms"]
+    assert ticks is not None
+    assert len(set(ticks["target"].tolist())) == 1
+
+
 def test_no_static_beats_the_free_oracle_in_mean_service(data: SceneData) -> None:
     oracle, _ = evaluate(data, "oracle-free", load_arm("oracle-free"))
     for name in ("static-0.20", "static-0.50", "static-0.80"):
