@@ -59,7 +59,7 @@ def fleet(nodes: int, seconds: float, seed: int) -> dict[str, Any]:
 
     workload = load_workload("mix")
     requests = round(seconds * nodes * QPS_PER_NODE)
-    phases = [Phase("R1", requests, workload.regimes["R1"])]
+    phases = [Phase("R2", requests, workload.regimes["R2"])]
     began_s = time.perf_counter()
     stream = stream_of_phases(workload, phases, [nodes * QPS_PER_NODE], seed, FLEET_RATE)
     drawn_s = time.perf_counter() - began_s

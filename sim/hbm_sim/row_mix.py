@@ -63,7 +63,8 @@ class SampledRows:
         weights: Floats = np.zeros(len(self.ids))
         total = zipf_mass(self.rows, items.zipf_s, items.zipf_q)
         step = self.rows // 3 + 1
-        for age in range((churned + self.rows - 1) // self.rows + 1):
+        # Phases are below one round, so that no rank is more than one change ahead of another.
+        for age in (churned // self.rows, churned // self.rows + 1):
             ranks = (self._place - age * step) % self.rows
             if churned:
                 phase = (mix64_array(ranks.astype(np.uint64)) % np.uint64(self.rows)).astype(
@@ -71,7 +72,7 @@ class SampledRows:
                 )
                 here = (churned + phase) // self.rows == age
                 weights[here] += self._weight(ranks[here], items)
-            else:
+            elif age == 0:
                 weights = self._weight(ranks, items)
         everything = self.rate >= 1.0
         mass = 1.0 if everything else float(weights.sum() / total)
