@@ -45,10 +45,12 @@ def percent(seen: Interval, digits: int = 1) -> str:
 
 
 def number(seen: Interval, digits: int = 2, unit: str = "") -> str:
-    """`12.34 ± 0.20`, half the width of the interval behind the sign."""
+    """`12.34 ± 0.20`, half the width of the interval behind the sign; one seed has none."""
     if not seen.seeds or math.isnan(seen.mean):
         return "–"
-    half = 0.0 if math.isnan(seen.low) else (seen.high - seen.low) / 2.0
+    if math.isnan(seen.low):
+        return f"{seen.mean:.{digits}f}{unit}"
+    half = (seen.high - seen.low) / 2.0
     return f"{seen.mean:.{digits}f}{unit} ± {half:.{digits}f}"
 
 
