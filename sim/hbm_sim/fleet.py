@@ -37,6 +37,8 @@ from hbm_sim.loop import Arm, Observer
 from hbm_sim.node_spec import NodeSpec
 from hbm_sim.stream import Stream
 
+SNAPSHOT_S: Final = 0.1
+"""How often the router takes over what nodes have said since."""
 RATE_WINDOW_S: Final = 5.0
 """Behind the ratios of a heartbeat, as in the sidecar."""
 
@@ -233,11 +235,11 @@ class _Fleet:
         beats = [(index / len(nodes) * self.heartbeat_s, index) for index in range(len(nodes))]
         heapq.heapify(beats)
         tick = 0
+        heard, look_s = False, 0.0
         for request, arrival_s in enumerate(arrivals):
             while (tick + 1) * tick_s <= arrival_s:
                 alpha[tick] = self._tick(tick, tick_s)
                 tick += 1
-            heard = False
             while beats[0][0] <= arrival_s:
                 due_s, index = beats[0]
                 self.now_s = due_s
@@ -247,7 +249,8 @@ class _Fleet:
                 heard = True
             self.now_s = arrival_s
             self._answers_until(arrival_s)
-            if heard:
+            if heard and arrival_s >= look_s:
+                heard, look_s = False, arrival_s + SNAPSHOT_S
                 previous = self.chooser.snapshot
                 snapshot = Snapshot(self.fleet.names, self.views, previous)
                 self.chooser.use(CostTable(snapshot, self.trust))
