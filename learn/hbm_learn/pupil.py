@@ -17,7 +17,7 @@ from hbm_policy.config import PolicyConfig, ResidualConfig
 from hbm_policy.decide import Policy
 from hbm_policy.layers import ACTION_NAMES, Action
 from hbm_policy.observation import OBSERVATION_NAMES
-from hbm_policy.reading import PolicyState, Reading
+from hbm_policy.reading import PolicyState
 from hbm_sim.engine_kernel import Outcome
 from hbm_sim.loop import Action as Command
 from hbm_sim.loop import Observation, Run, run_node
@@ -83,7 +83,6 @@ class Pupil:
         self._episode = episode
         self._period = period_ticks
         self._state = PolicyState()
-        self._generations: list[int] = []
         self._action = NO_ACTION
         self._tick = 0
         self._ask_at = 0
@@ -105,14 +104,17 @@ class Pupil:
         if observation.time_s < self._episode.begins_s:
             # Nobody is asked, and nothing counts, while caches and twin warm up.
             self._ask_at = self._tick + 1
-        decision = self._policy.decide(self._echoed(observation.reading), self._state)
+        decision = self._policy.decide(observation.reading, self._state)
         self._state = decision.state
-        self._generations.append(decision.generation)
         if self._target is not None:
             self._moved += abs(decision.target - self._target)
         self._target = decision.target
         return Command(
-            decision.target, decision.refill_bytes_per_s, decision.anchor, decision.reasons
+            decision.target,
+            decision.refill_bytes_per_s,
+            decision.anchor,
+            decision.reasons,
+            generation=decision.generation,
         )
 
     def take_step(self) -> Step:
@@ -123,13 +125,6 @@ class Pupil:
             return Step(moved=moved)
         service, latency = self._outcome.service_ms[begin:end], self._outcome.latency_ms[begin:end]
         return step_of(self._episode, begin, end, service, latency, moved)
-
-    def _echoed(self, reading: Reading) -> Reading:
-        """With the newest of our commands that the node had when its telemetry was written: the
-        loop's node counts ticks instead, and late telemetry would seem to ignore our command."""
-        written = round((reading.telemetry_ns / 1e9 - 1.0) / TICK_S) - 1
-        generation = self._generations[written - 1] if 0 < written <= self._tick else 0
-        return reading._replace(command_generation=generation)
 
     def _answer(self, observation: tuple[float, ...]) -> Action:
         if self._tick >= self._ask_at:

@@ -171,9 +171,15 @@ class EngineNode:
     # -- what it is told -------------------------------------------------------------------------
 
     def command(
-        self, alpha: float, refill_bytes_per_s: float = 0.0, drop_only: bool = False
+        self,
+        alpha: float,
+        refill_bytes_per_s: float = 0.0,
+        drop_only: bool = False,
+        generation: int | None = None,
     ) -> None:
         """Aim at another α from the next batch boundary on, and refill at that rate.
+
+        `generation`: what telemetry says of it; None: one more than that of the command before.
 
         Raises EngineError for an α or a rate that is not a number in range.
         """
@@ -183,7 +189,7 @@ class EngineNode:
                 "0..1, the rate 0 or more"
             )
         whole, real = self._arrays.whole, self._arrays.real
-        self.generation += 1
+        self.generation = self.generation + 1 if generation is None else generation
         target = self._extents(alpha)
         if target != whole[at.TARGET]:
             whole[at.TARGET] = target

@@ -284,12 +284,10 @@ def serve(
         cached = node.cached[0]
         looked_up, missed = _serve_rows(node, requests, i, cached)
         new = tokens - cached
-        if fixed[CAUSAL] == 1.0:
-            context = new * (cached + tokens + 1) / 2.0 + candidates * tokens
-        else:
-            context = float((new + candidates) * tokens)
+        context = new * (cached + tokens + 1) / 2.0 + candidates * tokens
+        charged = context if fixed[CAUSAL] == 1.0 else float((new + candidates) * tokens)
         compute = fixed[FIXED_MS] + fixed[TOKEN_MS] * (new + candidates)
-        compute += fixed[CONTEXT_MS] * context
+        compute += fixed[CONTEXT_MS] * charged
         gather = fixed[ROW_MS] * missed / fixed[RATE]
         whole[COPIES] += missed > 0
         if refilled and missed > 0:

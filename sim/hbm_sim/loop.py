@@ -48,6 +48,8 @@ class Action(NamedTuple):
     anchor: float = math.nan
     reasons: int = 0
     drop_only: bool = False
+    generation: int | None = None
+    """Of the command, as telemetry is to echo it; None: the node counts."""
 
 
 class Arm(Protocol):
@@ -285,7 +287,9 @@ class _Loop:
             columns["refill"][tick] = max(0.0, node.refill_bytes - refilled)
             refilled = node.refill_bytes
             reasons[tick] = action.reasons
-            node.command(action.alpha, action.refill_bytes_per_s, action.drop_only)
+            node.command(
+                action.alpha, action.refill_bytes_per_s, action.drop_only, action.generation
+            )
         node.serve(stream, begin, len(stream))
         outcome = node.outcome
         assert outcome is not None

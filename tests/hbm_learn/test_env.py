@@ -99,7 +99,6 @@ def test_it_is_shown_exactly_what_a_deployed_residual_would_be(library, episode)
         def start(self, spec, seed) -> None:
             self.policy = Policy(TRAINED_STACK, residual=Asking(self.note))
             self.state = PolicyState()
-            self.generation = 0
 
         def note(self, observation):
             if self.now_s >= episode.begins_s:
@@ -108,10 +107,11 @@ def test_it_is_shown_exactly_what_a_deployed_residual_would_be(library, episode)
 
         def act(self, observation) -> Action:
             self.now_s = observation.time_s
-            reading = observation.reading._replace(command_generation=self.generation)
-            decision = self.policy.decide(reading, self.state)
-            self.state, self.generation = decision.state, decision.generation
-            return Action(decision.target, decision.refill_bytes_per_s)
+            decision = self.policy.decide(observation.reading, self.state)
+            self.state = decision.state
+            return Action(
+                decision.target, decision.refill_bytes_per_s, generation=decision.generation
+            )
 
     prompt = with_node(episode, telemetry_delay_ticks=0)
     run_node(

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hbm_policy import CostConstants, Policy, PolicyConfig, PolicyState, Reason, ShieldConfig
 from hbm_policy.twin import Twin
-from hbm_pool.contracts.records import CURVES
+from hbm_pool.contracts.records import CURVES, TELEMETRY
 from hbm_sim.curve_track import CurveTrack, TwinSamples
+from hbm_sim.engine import EngineNode
 from hbm_sim.engine_kernel import Outcome
 from hbm_sim.faults import Fault, FaultKind
 from hbm_sim.loop import Action, Hold, Observation, Run, run_node
@@ -35,7 +36,11 @@ class Decide:
         decision = self.policy.decide(observation.reading, self.state)
         self.state = decision.state
         return Action(
-            decision.target, decision.refill_bytes_per_s, decision.anchor, decision.reasons
+            decision.target,
+            decision.refill_bytes_per_s,
+            decision.anchor,
+            decision.reasons,
+            generation=decision.generation,
         )
 
 
@@ -182,6 +187,24 @@ def test_telemetry_may_be_late() -> None:
 
     run_node(stream, late, Look(0.5), 1)
     assert ages[-1] == pytest.approx(0.5)
+    # A command that telemetry does not know of yet is no refusal.
+    run = run_node(stream, late, Decide(), 1, curves=CurveTrack.of(stream, spec, rate=1.0))
+    assert run.moves > 0
+    assert not (run.reasons & int(Reason.SERVER_LIMITED)).any()
+
+
+def test_what_is_counted_as_context_is_no_matter_of_what_it_costs() -> None:
+    stream, spec = _stream()
+    counted, taken = [], []
+    for context in ("causal", "whole"):
+        node = EngineNode(dataclasses.replace(spec, context=context), 0.5, stream.rate)
+        node.serve(stream, 0, 500)
+        record = np.zeros((), TELEMETRY)
+        node.telemetry(record, 1)
+        counted.append(int(record["context_tokens"]))
+        taken.append(float(record["compute_ms"]))
+    assert counted[0] == counted[1] > 0
+    assert taken[1] > taken[0]
 
 
 def test_overlapped_nodes_are_priced_by_the_slower_stage() -> None:

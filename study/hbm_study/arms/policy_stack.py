@@ -89,7 +89,9 @@ class PolicyStack:
         if not config.refill:
             refill = 0.0
         drop_only = config.drop_only or decision.drop_only
-        return Action(alpha, refill, decision.anchor, decision.reasons, drop_only)
+        return Action(
+            alpha, refill, decision.anchor, decision.reasons, drop_only, decision.generation
+        )
 
 
 class _SharedTwin:
