@@ -117,10 +117,10 @@ def observe(reading: Reading, state: PolicyState, estimate: Estimate, gating: Ga
         if elapsed_ms > 0.0 and 0.0 <= served_ms < math.inf:
             load += _WEIGHT * (served_ms / elapsed_ms - load)
     else:
-        kv_hit = hits / lookups if lookups else 0.0
-        emb_miss = misses / accesses if accesses else 0.0
-        recompute = computed / (computed + reused) if computed else 0.0
-        gather = gather_ms / (gather_ms + compute_ms) if gather_ms > 0.0 else 0.0
+        kv_hit = _share(hits, lookups)
+        emb_miss = _share(misses, accesses)
+        recompute = _share(computed, computed + reused)
+        gather = _share(gather_ms, gather_ms + compute_ms)
         load = 0.0
     memory = (
         now_ns,
@@ -183,6 +183,11 @@ def observe(reading: Reading, state: PolicyState, estimate: Estimate, gating: Ga
         backlog if backlog < _MOST else _MOST,
     )
     return _new(Observed, (features, memory))
+
+
+def _share(part: float, whole: float) -> float:
+    """0 for what can be no share: counters and times come from outside."""
+    return part / whole if 0.0 < whole < math.inf and 0.0 <= part <= whole else 0.0
 
 
 def _log_ratio(value: float, goal: float) -> float:

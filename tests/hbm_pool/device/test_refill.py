@@ -231,7 +231,7 @@ def test_few_copies_are_on_the_critical_path() -> None:
             assert time.monotonic() < end_s
             if world.free:
                 world.grow(1)
-            world.gather_and_check({"item": world.draw("item", 20, 0.3)})
+            world.gather_and_check({"item": world.draw("item", 20, 0.3)}, beside_refill=True)
     finally:
         refiller.close()
     counters = link.counters()
