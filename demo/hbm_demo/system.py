@@ -69,6 +69,14 @@ def start_system(
         # Nobody else routes to this router: nothing to wait for when it is told to stop.
         "HBM_DRAIN_SETTLE_S": "0",
     }
+    wait_redis(redis, redis_url)
+    # Before the servers: they measure their prices when they start, and what the router makes of
+    # prices that were measured beside a compiler sends everybody to one node.
+    kernels = processes.start(
+        "kernels", [sys.executable, "-m", "hbm_demo.warm"], environment=environment
+    )
+    kernels.wait_done(_READY_S)
+    processes.forget(kernels)
     names = [f"node-{index}" for index in range(settings.nodes)]
     servers = []
     for name in names:
@@ -86,11 +94,6 @@ def start_system(
                 environment=environment,
             )
         )
-    wait_redis(redis, redis_url)
-    # Beside the servers' own start: nothing to compile is left for the time under load.
-    kernels = processes.start(
-        "kernels", [sys.executable, "-m", "hbm_demo.warm"], environment=environment
-    )
     nodes = []
     for name, server in zip(names, servers, strict=True):
         ready = server.wait_ready(_READY_S)
@@ -102,8 +105,6 @@ def start_system(
                 directory / name,
             )
         )
-    kernels.wait_done(_READY_S)
-    processes.forget(kernels)
     waiting = []
     for node in nodes:
         command = [*hbm, "sidecar", "--run-dir", str(node.run_dir), "--node", node.name]
