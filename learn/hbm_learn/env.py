@@ -9,6 +9,7 @@ stream is over, the traffic would not be, so a learner bootstraps from the last 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from hbm_learn.pupil import (
 from hbm_learn.reward import RewardConfig, Step
 
 
-class EpisodeEnv(gymnasium.Env[Features, Features]):  # type: ignore[misc]
+class EpisodeEnv(gymnasium.Env[Features, Features], ABC):  # type: ignore[misc]
     """What both environments share: which episode is next, and what a step of it is worth."""
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - as gymnasium declares it
@@ -96,17 +97,17 @@ class EpisodeEnv(gymnasium.Env[Features, Features]):  # type: ignore[misc]
             self._without[self._episode.seed] = without
         return worth - without[self._steps] if self._steps < len(without) else 0.0
 
+    @abstractmethod
     def _begin(self, episode: Episode) -> tuple[float, ...]:
         """Starts an episode. -> what is observed at its first decision."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _go(self, action: Action) -> tuple[tuple[float, ...] | None, Step]:
         """One period. -> what is observed then (None: the stream is over), what happened."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _steps_without(self, episode: Episode) -> list[Step]:
         """Every step of the episode without the residual."""
-        raise NotImplementedError
 
 
 class _Question(NamedTuple):
