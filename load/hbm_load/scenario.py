@@ -10,10 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hbm_load.errors import ScenarioError
+from hbm_load.model_text import parse_model
 
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -227,29 +227,11 @@ def load_scenario(source: str | Path) -> Scenario:
 
 def parse_scenario(text: str, label: str) -> Scenario:
     """Checks the text of a scenario; `label` names it in the error."""
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ScenarioError(f"{label}: not valid YAML: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise ScenarioError(f"{label}: nested too deeply for a scenario") from error
-    if not isinstance(raw, dict):
-        raise ScenarioError(f"{label}: must be a mapping with catalogue, regimes and walk")
-    try:
-        return Scenario.model_validate(raw)
-    except ValidationError as error:
-        raise ScenarioError(f"{label}: {_first_problem(error)}") from error
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    message = " ".join(problem["msg"].removeprefix("Value error, ").split())
-    if problem["type"] == "missing":
-        message = "this key is required"
-    elif problem["type"] == "extra_forbidden":
-        message = "unknown key; see the fields in hbm_load/scenario.py"
-    elif problem["type"] != "value_error":
-        value = repr(problem["input"])
-        message = f"{message} (got {value if len(value) <= 80 else value[:77] + '...'})"
-    return f"{where}: {message}" if where else message
+    return parse_model(
+        text,
+        label,
+        Scenario,
+        ScenarioError,
+        "catalogue, regimes and walk",
+        "see the fields in hbm_load/scenario.py",
+    )

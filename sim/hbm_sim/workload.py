@@ -14,11 +14,11 @@ from statistics import NormalDist
 from typing import Annotated, Final, Literal, NamedTuple
 
 import numpy as np
-import yaml
+from hbm_load.model_text import parse_model
 from hbm_load.scenario import Name, Regime, blend
 from hbm_policy.costs import CostConstants
 from hbm_pool.contracts.records import CostModel, RowClass, ServerInfo, TableMap
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hbm_sim.node_spec import NodeSpec
 
@@ -263,27 +263,11 @@ def load_workload(source: str | Path) -> Workload:
                 f"{label}: cannot be read ({reason}); give a YAML file or one of: "
                 f"{', '.join(workloads())}"
             ) from error
-    try:
-        raw = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise WorkloadError(f"{label}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise WorkloadError(f"{label}: must be a mapping with node, regimes and walk")
-    try:
-        return Workload.model_validate(raw)
-    except ValidationError as error:
-        raise WorkloadError(f"{label}: {_first_problem(error)}") from error
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    message = " ".join(problem["msg"].removeprefix("Value error, ").split())
-    if problem["type"] == "missing":
-        message = "this key is required"
-    elif problem["type"] == "extra_forbidden":
-        message = "unknown key; docs/simulator.md lists them all"
-    elif problem["type"] != "value_error":
-        value = repr(problem["input"])
-        message = f"{message} (got {value if len(value) <= 80 else value[:77] + '...'})"
-    return f"{where}: {message}" if where else message
+    return parse_model(
+        text,
+        label,
+        Workload,
+        WorkloadError,
+        "node, regimes and walk",
+        "docs/simulator.md lists them all",
+    )
