@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from hbm_policy import BurstGate, Curve, GateConfig, Reading
 from hbm_policy.reading import CURVE_WINDOW_REQUESTS
-from hbm_pool.contracts.records import Mode
+
+from hbm_bench.twin import reading_of
 
 TICK_NS = 250_000_000
 TICKS_PER_HOUR = 14_400
@@ -78,31 +79,7 @@ class Traffic:
     def _reading(self) -> Reading:
         now_ns = self._tick * TICK_NS
         curve = Curve(now_ns, 1, self._requests, 0, 1.0, (0.1, 0.5, 0.9), (self._cost_ms,) * 3)
-        return Reading(
-            now_ns=now_ns,
-            boot_epoch=1,
-            telemetry_ns=now_ns,
-            telemetry_epoch=1,
-            alpha=0.5,
-            alpha_target=0.5,
-            command_generation=0,
-            moving=False,
-            draining=False,
-            requests=self._requests,
-            emb_accesses=0,
-            emb_slots=1,
-            refill_backlog_rows=0,
-            link_busy=0.0,
-            extents=400,
-            server_alpha_min=0.1,
-            server_alpha_max=0.9,
-            mode=int(Mode.AUTO),
-            alpha_min=0.1,
-            alpha_max=0.9,
-            alpha_fixed=0.5,
-            refill_bytes_per_s=0.0,
-            curve=curve,
-        )
+        return reading_of(curve)
 
 
 def _alarms(config: GateConfig, noise: Noise, seed: int, ticks: int) -> int:
