@@ -25,12 +25,11 @@ import numpy.typing as npt
 
 from hbm_sim.engine import EngineNode
 from hbm_sim.load_level import phase_rates
-from hbm_sim.node_spec import NodeSpec
+from hbm_sim.node_spec import NodeSpec, RowRule
 from hbm_sim.optimum import StaticOptimum, latencies, p99, static_optimum, static_run
 from hbm_sim.stream import Stream, make_stream, stream_of_phases
 from hbm_sim.workload import Phase, Workload, load_workload
 
-Rows = Literal["tz", "lru"]
 Oracle = Literal["stitched", "warm", "paying", "one price"]
 ORACLES: Final[tuple[Oracle, ...]] = ("stitched", "warm", "paying", "one price")
 """Against the best static split, but for `warm`: against a static one that is warm likewise."""
@@ -76,7 +75,7 @@ class Bounds:
     """One workload under one rule, over all seeds."""
 
     workload: str
-    rows: Rows
+    rows: RowRule
     seeds: tuple[SeedBounds, ...]
     price: Price
 
@@ -132,7 +131,7 @@ def unpriced(spec: NodeSpec) -> NodeSpec:
 
 def bounds(
     workload: Workload,
-    rows: Rows,
+    rows: RowRule,
     seeds: Sequence[int],
     *,
     load: float = 1.0,
@@ -167,7 +166,7 @@ def bounds(
 
 
 def stream_at(
-    workload: Workload, seed: int, rows: Rows, load: float, rate: float | None = None
+    workload: Workload, seed: int, rows: RowRule, load: float, rate: float | None = None
 ) -> Stream:
     """The workload's stream at a load measured under either rule."""
     stream = make_stream(workload, seed, rate, qps=1.0)
@@ -184,7 +183,7 @@ def _of_seed(
     workload: Workload,
     stream: Stream,
     spec: NodeSpec,
-    rows: Rows,
+    rows: RowRule,
     optimum: StaticOptimum,
     seed: int,
 ) -> SeedBounds:
@@ -214,7 +213,7 @@ def _of_seed(
     )
 
 
-def prices(rows: Rows) -> list[Price]:
+def prices(rows: RowRule) -> list[Price]:
     """What the paying oracle chooses from. LRU gives up its tail: there is nothing to relocate."""
     return [
         Price(fraction, slew, drop_only)
@@ -228,7 +227,7 @@ def _warm_p99(
     workload: Workload,
     stream: Stream,
     spec: NodeSpec,
-    rows: Rows,
+    rows: RowRule,
     splits: list[dict[str, float]],
     seed: int,
 ) -> list[float]:
@@ -252,7 +251,7 @@ def _warm_p99(
 def _paying(
     stream: Stream,
     spec: NodeSpec,
-    rows: Rows,
+    rows: RowRule,
     alpha: dict[str, float],
     static_alpha: float,
     price: Price,

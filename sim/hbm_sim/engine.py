@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from hbm_sim import engine_moves as at
 from hbm_sim.engine_kernel import Outcome, Requests, serve
 from hbm_sim.engine_moves import NodeArrays
 from hbm_sim.lru_kernel import allocate_lru
-from hbm_sim.node_spec import NodeSpec
+from hbm_sim.node_spec import NodeSpec, RowRule
 from hbm_sim.stream import Stream
 
 LATENCY_WINDOW: Final = 1024
@@ -46,7 +46,7 @@ class EngineNode:
         spec: NodeSpec,
         alpha: float,
         rate: float,
-        rows: Literal["tz", "lru"] = "tz",
+        rows: RowRule = "tz",
         *,
         sampled_rows: int | None = None,
     ) -> None:

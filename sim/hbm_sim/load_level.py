@@ -13,12 +13,13 @@ import json
 import os
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from hbm_pool.contracts.records import CostModel
 
+from hbm_sim.node_spec import RowRule
 from hbm_sim.queueing import queue_ms
 
 if TYPE_CHECKING:
@@ -33,15 +34,14 @@ REQUESTS: Final = 6000
 ARRIVAL_DRAWS: Final = 8
 ALPHA_STEP: Final = 0.05
 SEED: Final = 4242
-Rows = Literal["tz", "lru"]
 
 
-def phase_rates(workload: Workload, phases: list[Phase], rows: Rows = "tz") -> list[float]:
+def phase_rates(workload: Workload, phases: list[Phase], rows: RowRule = "tz") -> list[float]:
     """Requests per second of each stretch at load 1."""
     return [capacity_per_s(workload, phase.regime, rows) for phase in phases]
 
 
-def capacity_per_s(workload: Workload, regime: Regime, rows: Rows = "tz") -> float:
+def capacity_per_s(workload: Workload, regime: Regime, rows: RowRule = "tz") -> float:
     """Highest rate of one regime at which its best static α meets the SLO at P99."""
     known = shipped_capacity(workload, regime, rows)
     if known is not None:
@@ -62,12 +62,12 @@ def capacity_per_s(workload: Workload, regime: Regime, rows: Rows = "tz") -> flo
     return found
 
 
-def shipped_capacity(workload: Workload, regime: Regime, rows: Rows = "tz") -> float | None:
+def shipped_capacity(workload: Workload, regime: Regime, rows: RowRule = "tz") -> float | None:
     """The capacity kept beside the shipped workloads, if it is there."""
     return _shipped().get(_key(workload, regime, rows))
 
 
-def _key(workload: Workload, regime: Regime, rows: Rows) -> str:
+def _key(workload: Workload, regime: Regime, rows: RowRule) -> str:
     content: dict[str, Any] = {
         "rule": RULE,
         "rows": rows,
@@ -92,7 +92,7 @@ def _cache_folder() -> Path:
     return Path(root) / "hbm-partition" / "rates"
 
 
-def find_capacity(workload: Workload, regime: Regime, rows: Rows = "tz") -> float:
+def find_capacity(workload: Workload, regime: Regime, rows: RowRule = "tz") -> float:
     """`capacity_per_s`, by simulation of every α on the grid over one stream."""
     from hbm_sim.engine import EngineNode
     from hbm_sim.stream import stream_of_phases

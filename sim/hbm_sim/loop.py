@@ -23,7 +23,7 @@ from hbm_sim.curve_track import CurveTrack, tick_count, tick_ns
 from hbm_sim.engine import EngineNode
 from hbm_sim.engine_kernel import Outcome
 from hbm_sim.faults import Fault, FaultKind, scaled
-from hbm_sim.node_spec import NodeSpec
+from hbm_sim.node_spec import NodeSpec, RowRule
 from hbm_sim.stream import Stream
 
 LINK_WINDOW_S: Final = 1.0
@@ -124,7 +124,7 @@ def run_node(
     alpha: float = 0.5,
     faults: Sequence[Fault] = (),
     refill_bytes_per_s: float = 1.0e9,
-    rows: Any = "tz",
+    rows: RowRule = "tz",
 ) -> Run:
     """One arm over one stream. `alpha`: where the node begins; `refill_bytes_per_s`: the budget
     that the reading states. Without `curves` the reading has no curve (statics need none).
@@ -242,7 +242,7 @@ class _Loop:
         alpha: float,
         faults: Sequence[Fault],
         refill_bytes_per_s: float,
-        rows: Any,
+        rows: RowRule,
     ) -> None:
         if curves is not None and curves.tick_s != tick_s:
             raise ValueError(f"the curves have ticks of {curves.tick_s} s, the loop of {tick_s} s")

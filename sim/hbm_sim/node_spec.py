@@ -8,6 +8,9 @@ from typing import Literal
 from hbm_policy.costs import CostConstants
 from hbm_pool.contracts.records import ServerInfo
 
+RowRule = Literal["tz", "lru"]
+"""Replacement of rows: the pool's own, or plain LRU to compare with."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NodeSpec:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from hbm_pool.contracts.records import CostModel
 
 from hbm_sim.engine import EngineNode
-from hbm_sim.node_spec import NodeSpec
+from hbm_sim.node_spec import NodeSpec, RowRule
 from hbm_sim.queueing import queue_ms
 from hbm_sim.stream import Stream
 from hbm_sim.sweep import Optimum, optimum
@@ -69,9 +69,7 @@ class StaticOptimum:
         return self.runs[int(np.argmin(np.abs(self.alpha - alpha)))]
 
 
-def static_run(
-    stream: Stream, spec: NodeSpec, alpha: float, rows: Literal["tz", "lru"] = "tz"
-) -> StaticRun:
+def static_run(stream: Stream, spec: NodeSpec, alpha: float, rows: RowRule = "tz") -> StaticRun:
     """One static split."""
     node = EngineNode(spec, alpha, stream.rate, rows, sampled_rows=len(stream.row_keys))
     node.serve(stream, 0, len(stream))
@@ -93,7 +91,7 @@ def static_optimum(
     stream: Stream,
     spec: NodeSpec,
     *,
-    rows: Literal["tz", "lru"] = "tz",
+    rows: RowRule = "tz",
     fine: bool = True,
     jobs: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -125,7 +123,7 @@ def _grid(low: float, high: float, step: float, first: float, last: float) -> li
 def _runs(
     stream: Stream,
     spec: NodeSpec,
-    rows: Literal["tz", "lru"],
+    rows: RowRule,
     alphas: list[float],
     jobs: int,
     progress: Callable[[int, int], None] | None,
