@@ -19,7 +19,7 @@ import numpy.typing as npt
 from hbm_policy.twin import Twin
 from hbm_pool.contracts.digest import NODE_SCHEMA, NodeState
 from hbm_pool.contracts.identity import DIGEST_KEY_MASK, digest_key
-from hbm_pool.contracts.records import CURVES, TELEMETRY
+from hbm_pool.contracts.records import CURVES, TELEMETRY, CostModel
 from hbm_router.choice import Choice, Facts
 from hbm_router.choose import Chooser
 from hbm_router.config import RouterSettings
@@ -31,6 +31,7 @@ from hbm_router.memory import SpeculativeResidency
 from hbm_router.outlier import OutlierDetector
 from hbm_router.snapshot import NodeView, Residency, Snapshot
 
+from hbm_sim import engine_moves as moves
 from hbm_sim.curve_track import TwinSamples, tick_count, tick_ns
 from hbm_sim.engine import EngineNode, empty_outcome
 from hbm_sim.loop import Arm, Observer
@@ -41,6 +42,9 @@ SNAPSHOT_S: Final = 0.1
 """How often the router takes over what nodes have said since."""
 RATE_WINDOW_S: Final = 5.0
 """Behind the ratios of a heartbeat, as in the sidecar."""
+ORACLE: Final = "oracle"
+"""Policy that no router has: it knows each node's queue and resident users at this very moment."""
+ORACLE_TIE: Final = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +82,9 @@ def run_fleet(
 ) -> FleetRun:
     """All requests of a stream over 1 to 64 nodes.
 
-    `policy` and further `settings` are the router's own; `heartbeat_s` is how old a node's words
-    may be. `arms(k)` chooses α on node k, which has a twin of its own with `twins`. Equal inputs
-    give an equal run. Raises ValueError for a number of nodes out of range.
+    `policy` and further `settings` are the router's own, or `ORACLE`; `heartbeat_s` is how old a
+    node's words may be. `arms(k)` chooses α on node k, which has a twin of its own with `twins`.
+    Equal inputs give an equal run. Raises ValueError for a number of nodes out of range.
     """
     if not 1 <= nodes <= 64:
         raise ValueError(f"{nodes} nodes; 1 to 64 can be simulated")
@@ -183,6 +187,9 @@ class _Fleet:
             self.nodes.append(_Node(f"node-{index}", engine))
         self.heartbeat_s, self.network_s = heartbeat_s, network_ms / 1e3
         self.now_s = 0.0
+        self.all_knowing = policy == ORACLE
+        self.been: dict[int, set[int]] = {}  # user -> nodes that have served it; for the oracle
+        policy = "cost_ms" if self.all_knowing else policy
         chosen = RouterSettings(**({"backends": "x=http://x:1", "policy": policy} | settings))
         self.fleet = Fleet()
         self.fleet.update([Backend(each.name, each.name, 1) for each in self.nodes])
@@ -281,6 +288,8 @@ class _Fleet:
             outcome.dropped[request] = True
             outcome.latency_ms[request] = np.nan
             return
+        if self.all_knowing:
+            choice = choice._replace(node=self.fleet.nodes[self._soonest(request, arrival_s)])
         index = choice.node.index
         node = self.nodes[index]
         self.node_of[request] = index
@@ -294,6 +303,41 @@ class _Fleet:
         heapq.heappush(
             self.answers, (arrival_s + took_s + 2.0 * self.network_s, request, ticket, choice)
         )
+
+    def _soonest(self, request: int, arrival_s: float) -> int:
+        """The node that would answer first: its true queue, and true costs of what of the request
+        is not resident there now. Rows are expected to miss as often as they have so far. Of near
+        ties a holder of the user is taken, else the user's hash home: caches fill evenly."""
+        stream, costs = self.stream, self.spec.costs
+        user, length = int(stream.user[request]), int(stream.tokens[request])
+        scored = int(stream.candidates[request])
+        been = self.been.setdefault(user, set())
+        engines = [node.engine for node in self.nodes]
+        looked_up = sum(engine.count(moves.LOOKED_UP) for engine in engines)
+        row_ms = costs.row_ms[0] * sum(engine.count(moves.MISSED) for engine in engines)
+        row_ms /= max(1, looked_up)
+        ends_ms = np.empty(len(engines))
+        held = np.zeros(len(engines), np.int64)
+        for index, engine in enumerate(engines):
+            if index in been:
+                residents = engine.residents()
+                held[index] = min(length, int(residents.tokens[residents.users == user].sum()))
+            computed = length - int(held[index])
+            context = length if self.spec.context == "whole" else length - computed / 2.0
+            compute_ms = costs.fixed_ms + costs.token_ms * (computed + scored)
+            compute_ms += costs.token_context_ms * (computed * context + scored * length)
+            rows = float(stream.candidate_lookups[request])
+            rows += float(stream.history_lookups[request]) * computed / max(1, length)
+            overlap = self.spec.info.cost_model == CostModel.OVERLAP
+            gather_ms = rows * row_ms
+            takes_ms = max(compute_ms, gather_ms) if overlap else compute_ms + gather_ms
+            ends_ms[index] = engine.backlog_ms(arrival_s) + takes_ms
+        ties = np.flatnonzero(ends_ms <= (1.0 + ORACLE_TIE) * ends_ms.min()).tolist()
+        ties = [index for index in ties if held[index]] or ties
+        home = self.fleet.ring.home(user)
+        best: int = home if home in ties else min(ties, key=ends_ms.__getitem__)
+        been.add(best)
+        return best
 
     def _answers_until(self, time_s: float) -> None:
         """What the router learns from answers, as its data plane does."""

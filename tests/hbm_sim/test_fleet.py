@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hbm_sim.fleet import run_fleet
+from hbm_sim.fleet import ORACLE, run_fleet
 from hbm_sim.loop import Action, Hold, Observation
 from hbm_sim.optimum import static_run
 from hbm_sim.stream import make_stream
@@ -40,6 +40,16 @@ def test_routing_by_cost_finds_users_again_and_spreads_load() -> None:
         assert (run.latency_ms > 0.0).all()
     # What the router expects to hit mostly does.
     assert cost.predicted["tp"] > 5 * cost.predicted["fp"]
+
+
+def test_who_knows_every_queue_and_cache_answers_sooner_than_any_router() -> None:
+    workload = small_workload(walk=[{"regime": "busy", "requests": 3000}])
+    stream, spec = make_stream(workload, 1, qps=300.0), workload.node_spec()
+    oracle = run_fleet(stream, spec, 4, seed=1, policy=ORACLE)
+    assert oracle.requests.sum() == len(stream)
+    for policy in ("round_robin", "cost_ms", "chwbl"):
+        routed = run_fleet(stream, spec, 4, seed=1, policy=policy)
+        assert np.nanmean(oracle.latency_ms) < np.nanmean(routed.latency_ms), policy
 
 
 def test_equal_inputs_make_an_equal_fleet_and_each_node_has_its_own_split() -> None:
