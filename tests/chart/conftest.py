@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 from hbm_e2e.errors import ToolMissing
@@ -12,7 +13,17 @@ from hbm_e2e.toolchain import Toolchain
 
 from tests.chart.rendered import CHART, Rendered
 
-Render = Callable[..., Rendered]
+
+class Render(Protocol):
+    """`helm template` with one file of values and further ones as for --set."""
+
+    def __call__(
+        self,
+        values: Path | None = None,
+        *settings: str,
+        release: str = "hbm",
+        namespace: str = "hbm-ns",
+    ) -> Rendered: ...
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +36,8 @@ def helm() -> Path:
 
 
 @pytest.fixture(scope="session")
-def render(helm: Path) -> Render:
-    """`helm template` with one file of values and further ones as for --set."""
+def render_anew(helm: Path) -> Render:
+    """Renders each time that it is called."""
 
     def rendered(
         values: Path | None = None, *settings: str, release: str = "hbm", namespace: str = "hbm-ns"
@@ -39,3 +50,9 @@ def render(helm: Path) -> Render:
         return Rendered(run(command))
 
     return rendered
+
+
+@pytest.fixture(scope="session")
+def render(render_anew: Render) -> Render:
+    """Renders once, and shows all tests the same objects."""
+    return cache(render_anew)

@@ -29,7 +29,7 @@ VALUES = (
     *("--values", str(CHART / "ci" / "full-values.yaml")),
     *("--set", "monitoring.podMonitor.enabled=false,monitoring.rules.enabled=false"),
 )
-RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
+RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     if missing:
         pytest.skip(f"not built: {', '.join(missing)}")
     with ApiServer(tmp_path_factory.mktemp("k8s"), controllers=True) as running:
+        running.kubectl.apply(
+            *(
+                {
+                    "apiVersion": "v1",
+                    "kind": "Namespace",
+                    "metadata": {"name": name, "labels": RESTRICTED},
+                }
+                for name in NAMESPACES
+            )
+        )
         for name in NAMESPACES:
-            running.kubectl("create", "namespace", name)
-            running.kubectl("label", "namespace", name, RESTRICTED)
             running.kubectl.within(name).wait_for_service_account()
         yield running
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.chart.conftest import Render
@@ -27,7 +29,7 @@ def every(resource: str, verbs: str, name: str = "") -> set[tuple[str, str, str]
 
 
 @pytest.mark.parametrize("values", VALUES, ids=lambda path: path.name)
-def test_no_right_is_a_wildcard_and_no_secret_can_be_listed(render: Render, values: object) -> None:
+def test_no_right_is_a_wildcard_and_no_secret_can_be_listed(render: Render, values: Path) -> None:
     for role in render(values).of_kind("Role", "ClusterRole"):
         for resource, verb, name in rights(role):
             assert "*" not in resource + verb, role["metadata"]["name"]
