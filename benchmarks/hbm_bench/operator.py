@@ -39,8 +39,6 @@ from hbm_bench.operator_cluster import (
 )
 
 CHANGES_PER_S: Final = 100.0
-QUIET_S: Final = 4.0
-"""Longer than the controller puts off a write for."""
 
 
 class Size(NamedTuple):
@@ -57,10 +55,13 @@ class Size(NamedTuple):
     steady_s: float
     """How long nothing happens but reports."""
     admissions_s: float
+    quiet_s: float
+    """Without a write for so long, the controller has nothing left to write: for figures that count
+    longer than it puts off a write for."""
 
 
-QUICK: Final = Size(cold=10, each=5, fifty=5, changes=40, steady_s=4.0, admissions_s=1.0)
-FULL: Final = Size(cold=2000, each=200, fifty=50, changes=2000, steady_s=60.0, admissions_s=20.0)
+QUICK: Final = Size(10, 5, 5, changes=40, steady_s=3.0, admissions_s=1.0, quiet_s=0.5)
+FULL: Final = Size(2000, 200, 50, changes=2000, steady_s=60.0, admissions_s=20.0, quiet_s=4.0)
 
 
 def thresholds() -> dict[str, float]:
@@ -340,7 +341,7 @@ class _Bench:
         counters = await self._counters()
         deadline = time.monotonic() + WAIT_S
         while time.monotonic() < deadline:
-            await asyncio.sleep(QUIET_S)
+            await asyncio.sleep(self._size.quiet_s)
             before, counters = counters, await self._counters()
             if before["writes"] == counters["writes"]:
                 return counters
