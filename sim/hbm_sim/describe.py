@@ -77,7 +77,8 @@ def describe(
     info = spec.info
     token_bytes = info.extent_bytes / (info.page_tokens * info.pages_per_extent)
     regimes = tuple(
-        _character(stream, each, token_bytes, info.classes[0].row_bytes) for each in optimum.regimes
+        characterise(stream, each, token_bytes, info.classes[0].row_bytes)
+        for each in optimum.regimes
     )
     alphas = [each.by_service.alpha for each in optimum.regimes]
     low = max(each.by_service.plateau_low for each in optimum.regimes)
@@ -103,9 +104,10 @@ def _static_regret(stream: Stream, optimum: StaticOptimum) -> float:
     return float((weights[:, None] * curves).sum(axis=0).min()) / own - 1.0
 
 
-def _character(
+def characterise(
     stream: Stream, optimum: RegimeOptimum, token_bytes: float, row_bytes: float
 ) -> RegimeCharacter:
+    """One regime, its α* found already."""
     mask = stream.of_regime(optimum.regime, settled=False)
     arrivals = stream.arrival_s[mask]
     users = stream.user[mask]
