@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hbm_pool.device.pool import Pool as Pool
     from hbm_pool.device.refill import Refiller as Refiller
     from hbm_pool.device.row_counters import GatherStats as GatherStats
+    from hbm_pool.device.warm_up import compile_kernels as compile_kernels
     from hbm_pool.errors import ArenaMemoryError as ArenaMemoryError
     from hbm_pool.errors import ExtentError as ExtentError
     from hbm_pool.errors import HandleError as HandleError
@@ -60,6 +61,7 @@ _HOMES = {
     "RowStore": "hbm_pool.host.row_store",
     "RowStoreError": "hbm_pool.errors",
     "TableSpec": "hbm_pool.host.config",
+    "compile_kernels": "hbm_pool.device.warm_up",
     "plan_memory": "hbm_pool.host.plan",
 }
 

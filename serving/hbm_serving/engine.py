@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 import torch
+from hbm_pool import compile_kernels
 from hbm_pool.contracts.records import CostModel, RowClass, ServerInfo, TableMap
 
 from hbm_serving.batching import BatchQueue, RankResult, Ticket
@@ -60,6 +61,7 @@ class Engine:
         self.device = open_device(device)
         torch.set_num_threads(config.server.torch_threads)
         self.versions = _versions()
+        compile_kernels()  # before anything is measured, and before the first move
         self.parser = RequestParser(config.model)
         self.counters = Counters()
         dense = _dense(config)
@@ -130,6 +132,15 @@ class Engine:
 
     # -- requests ------------------------------------------------------------------------------
 
+    @property
+    def waiting_ms(self) -> float:
+        """What a request that comes now waits for: those before it, times what one takes.
+
+        Not an average of what requests have waited: of a node that was overloaded once and then
+        left alone, that would stay what it was, and routers would leave it alone for ever.
+        """
+        return (self.queue.depth + self._pipeline.in_flight) * self.counters.request_ms
+
     def submit(
         self,
         request: RankRequest,
@@ -139,7 +150,7 @@ class Engine:
         """Queues a request; `finish` is called once, from another thread. Raises `Refused`."""
         limits = self.config.server
         budget_ms = limits.default_deadline_ms if deadline_ms is None else deadline_ms
-        waiting_ms = self.queue.depth * self.counters.request_ms
+        waiting_ms = self.waiting_ms
         if waiting_ms > budget_ms:
             self.counters.overloads += 1
             raise Refused(
@@ -260,6 +271,7 @@ class Engine:
         record["latency_p50_ms"], record["latency_p99_ms"], record["latency_n"] = self._percentiles
         record["overloads"] = self.overloads
         record["queue_depth"] = self.queue.depth
+        record["queue_ms"] = self.waiting_ms
         record["draining"] = self.state != "ready"
         record["model_version"] = self.model_version
         costs = self.costs.constants
@@ -359,7 +371,6 @@ _COUNTED = (
     "batches",
     "slo_met",
     "slo_total",
-    "queue_ms",
     "kv_lookups",
     "kv_hits",
     "kv_tokens_reused",

@@ -233,10 +233,9 @@ class RankStages:
             results.append((ticket, result, latency_ms))
         # Counted before anybody is answered: who has an answer finds it in the counters.
         self._count(work, compute_ms)
-        for ticket, result, latency_ms in results:
+        for ticket, _, latency_ms in results:
             self.counters.latency.add(latency_ms)
             self.counters.slo_met += latency_ms <= ticket.slo_s * 1e3
-            self.counters.queue_ms += _MOVING * (result.queue_ms - self.counters.queue_ms)
         for ticket, result, _ in results:
             ticket.finish(result)
         self._on_served(

@@ -83,8 +83,6 @@ class Counters:
         self.timed_accesses = 0
         self.timed_misses = np.zeros(MAX_CLASSES, np.int64)
         """Rows looked up and missed by the batches behind `gather_ms`, the latter by class."""
-        self.queue_ms = 0.0
-        """Moving average of what a request waits."""
         self.request_ms = 0.0
         """Moving average of service per request (a batch's time by its requests)."""
         self.latency = LatencyWindow()

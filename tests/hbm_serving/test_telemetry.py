@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -11,6 +16,7 @@ from hbm_pool.contracts.control_block import ServerView, SidecarBlock
 from hbm_pool.contracts.history import page_fingerprints, table_rows
 from hbm_pool.contracts.identity import row_key, sampled
 from hbm_pool.contracts.records import COMMAND, TELEMETRY, ServerInfo, UserCached, UserEvicted
+from hbm_serving.batching import RankResult
 from hbm_serving.config import Config
 from hbm_serving.engine import Engine
 from hbm_serving.features import RankRequest
@@ -207,3 +213,49 @@ def test_latency_window_keeps_the_newest() -> None:
     assert count == 10
     assert p50 == pytest.approx(94.5)
     assert 98.0 <= p99 <= 99.0
+
+
+def test_a_node_that_was_overloaded_once_does_not_say_so_for_ever(
+    config: Config, draw: Callable[..., RankRequest], tmp_path: Path
+) -> None:
+    engine = Engine(config, run_dir=tmp_path)
+    engine.start()
+    generator = np.random.default_rng(1)
+    answers: SimpleQueue[RankResult | Exception] = SimpleQueue()
+    held = threading.Event()
+
+    def ask(user: int) -> None:
+        engine.submit(draw(generator, 24, 8, user=user), 60_000.0, answers.put)
+
+    try:
+        ask(1)
+        assert isinstance(answers.get(timeout=60), RankResult)
+        holding = engine.between_batches(lambda: held.wait(60))
+        for user in range(2, 12):
+            ask(user)
+        assert engine.waiting_ms >= 9 * engine.counters.request_ms > 0.0
+        held.set()
+        assert holding.result(60)
+        for _ in range(10):
+            assert isinstance(answers.get(timeout=60), RankResult)
+        view, record = ServerView.open(tmp_path), np.zeros((), dtype=TELEMETRY)
+        deadline_s = time.monotonic() + 60
+        while record["requests"] < 11 or record["queue_ms"] > 0.0:
+            assert time.monotonic() < deadline_s, record
+            view.read_telemetry(record)
+            time.sleep(0.005)
+    finally:
+        held.set()
+        engine.close()
+
+
+def test_a_server_that_is_ready_has_compiled_what_its_first_move_needs() -> None:
+    code = (
+        "from hbm_serving.config import load_config; from hbm_serving.engine import Engine; "
+        "import hbm_pool.host.class_shares as shares; Engine(load_config('tiny')).close(); "
+        "print(len(shares._growth.signatures), len(shares._shrinkage.signatures))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert done.stdout.split()[-2:] == ["1", "1"]

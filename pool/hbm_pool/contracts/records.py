@@ -68,7 +68,7 @@ TELEMETRY: Final = np.dtype(
         ("latency_p99_ms", "<f8"),
         ("latency_n", "<u8"),
         ("queue_depth", "<i8"),
-        ("queue_ms", "<f8"),  # moving average of the time a request waits
+        ("queue_ms", "<f8"),  # what a request that comes now would wait
         ("draining", "<i8"),  # 1 while the server finishes what it has and takes nothing new
         # KV.
         ("kv_lookups", "<u8"),
