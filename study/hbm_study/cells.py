@@ -49,6 +49,8 @@ class Scene(NamedTuple):
     """Nodes behind the router; 1: none and no router."""
     hot: float | None = None
     """Share of requests of hot users, in all regimes; None: as the workload says."""
+    rate: float | None = None
+    """Share of rows followed; None: as the workload says, on fleets `scene.FLEET_RATE`."""
 
     @property
     def label(self) -> str:
@@ -56,6 +58,11 @@ class Scene(NamedTuple):
         fault = f" {self.fault}" if self.fault else ""
         fleet = f" {self.nodes} nodes" if self.nodes > 1 else ""
         return f"{self.workload} load {self.load} {self.gather}{fault}{fleet} seed {self.seed}"
+
+    @property
+    def sweep(self) -> Scene:
+        """Scenes with an equal one share the sweep of static splits."""
+        return self._replace(load="", gather="serial", fault="")
 
     def without_seed(self) -> Scene:
         """The scene that seeds are repetitions of."""

@@ -27,7 +27,10 @@ DEFAULT_OUT = Path("out/eval")
 def evaluate(
     context: typer.Context,
     suite: Annotated[
-        str, typer.Option(help="smoke (minutes), paper (hours) or full (a day, 20 seeds).")
+        str,
+        typer.Option(
+            help="smoke (minutes), core (an hour), paper (hours), full (a day) or a YAML file."
+        ),
     ] = "smoke",
     budget: Annotated[
         float, typer.Option(min=0.0, help="Minutes; no cell is begun after them. 0: only report.")
@@ -143,6 +146,7 @@ def _run(
         Results(cells),
         path,
         path.parent / "images" / "policy",
+        cache or out / "cache",
         suite=name,
         description=suite.description,
         seeds=plan.seeds,

@@ -13,27 +13,36 @@ from typing import Final
 from hbm_study import tables
 from hbm_study.arms import load_arm
 from hbm_study.cells import Scene
-from hbm_study.figures import draw_all
-from hbm_study.goals import CONTROLS, STRESS
+from hbm_study.characters import characters
+from hbm_study.figures import draw_map, draw_optima, draw_scene
+from hbm_study.goals import CONTROLS, DATA_SETS, OUT_OF_DISTRIBUTION, STRESS
 from hbm_study.results import BEST_PAID, BEST_STATIC, Results, p99, pooled
 from hbm_study.statistics import FIGURE_SEEDS, GOAL_SEEDS
 
 _LAYERS: Final = (BEST_PAID, "oracle-free", *tables.OURS)
 _SYSTEM: Final = (
     "static-0.50",
+    *tables.SYSTEMS,
     "twin-adapter-gate",
-    "drop",
+    "full",
     "ablation-shield",
     "ablation-refill",
     "ablation-throttle",
 )
-_FAULTS: Final = ("static-0.50", "twin", "twin-adapter", "twin-adapter-gate")
+_OTHERS: Final = ("pid", "climb", "bayes", "xgboost", "lstm", "ppo", "paper", "twin-adapter-gate")
+_FAULTS: Final = ("static-0.50", "twin", "twin-adapter", "twin-adapter-gate", "full")
+_DECIDERS: Final = ("twin-adapter-gate", "full")
+_MAPS: Final = tuple(
+    (f"{routing}+static-0.50", tables.FLEET_REFERENCE) for routing in ("cost_ms", "chwbl", "oracle")
+)
+_ORDER: Final = (*STRESS, *CONTROLS, *DATA_SETS, *OUT_OF_DISTRIBUTION)
 
 
 def write_document(
     results: Results,
     path: Path,
     figures: Path,
+    cache: Path,
     *,
     suite: str,
     description: str,
@@ -42,16 +51,18 @@ def write_document(
     left_out: dict[str, str],
     test: bool,
 ) -> None:
-    """Writes the Markdown file and its figures; links are relative to the file."""
-    figures_of = _figures(results, figures)
+    """Writes the Markdown file and its figures; links are relative to the file. `cache`: that of
+    the run, for what streams are like."""
     parts = [
         _head(suite, description, seeds, missing, left_out, test),
         _goals(results),
-        *_stress(results, figures_of, path),
+        _traffic(results, figures, cache, path),
         _comparisons(results),
+        *_single(results, figures, path),
+        _decisions(results),
         _faults(results),
         _refill(results),
-        _fleet(results),
+        _fleet(results, figures, path),
         _arms(results),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,23 +111,44 @@ def _goals(results: Results) -> str:
 
 
 def _plain(results: Results) -> list[Scene]:
-    """One node, nothing goes wrong."""
-    return [scene for scene in results.scenes if not scene.fault and scene.nodes == 1]
-
-
-def _figures(results: Results, folder: Path) -> dict[Scene, dict[str, Path]]:
-    shown = [s for s in _plain(results) if s.load == "1.0" and s.gather == "serial"]
-    return {scene: draw_all(results, scene, folder) for scene in shown}
-
-
-def _stress(results: Results, figures: dict[Scene, dict[str, Path]], path: Path) -> list[str]:
-    order = {name: index for index, name in enumerate((*STRESS, *CONTROLS))}
-    scenes = sorted(
-        (s for s in _plain(results) if s.load == "1.0"),
-        key=lambda s: (s.gather != "serial", order.get(s.workload, 99), s.workload),
+    """One node, nothing goes wrong: stress cases first, serial before overlapped."""
+    order = {name: index for index, name in enumerate(_ORDER)}
+    return sorted(
+        (scene for scene in results.scenes if not scene.fault and scene.nodes == 1),
+        key=lambda s: (s.gather != "serial", order.get(s.workload, 99), s.workload, s.load),
     )
+
+
+def _shown(results: Results) -> list[Scene]:
+    """The plain scene of each workload."""
+    return [s for s in _plain(results) if s.load == "1.0" and s.gather == "serial"]
+
+
+def _traffic(results: Results, figures: Path, cache: Path, path: Path) -> str:
+    scenes = [s for s in _shown(results) if results.cells(s, BEST_STATIC)]
+    if not scenes:
+        return ""
+    drawn = draw_optima(results, scenes, figures)
+    text = tables.characters_table(characters(results, scenes, cache))
+    return "\n".join(
+        [
+            "## What traffic is like",
+            "",
+            "One seed each. α* by mean service time; dispersion: variance over mean of arrivals "
+            "per second, 1 for a Poisson process. KV hits and row misses: over the range of α.",
+            "",
+            text,
+            "",
+            f"![mean service time over α]({_relative(drawn, path)})",
+        ]
+    )
+
+
+def _single(results: Results, figures: Path, path: Path) -> list[str]:
     parts = []
-    for scene in scenes:
+    for scene in _plain(results):
+        if scene.load != "1.0":
+            continue
         text = [
             f"## {tables.scene_name(scene)}",
             "",
@@ -127,6 +159,7 @@ def _stress(results: Results, figures: dict[Scene, dict[str, Path]], path: Path)
         if scene.gather == "serial":
             accuracy = tables.accuracy_table(results, scene)
             arms = (BEST_STATIC, "static-0.50", BEST_PAID, "oracle-free", *tables.OURS, "paper")
+            drawn = draw_scene(results, scene, figures)
             text += [
                 "",
                 "Distance of α̂ and of the applied α to α* in the settled part, and regret in "
@@ -137,33 +170,35 @@ def _stress(results: Results, figures: dict[Scene, dict[str, Path]], path: Path)
                 "P99 by regime, ms:",
                 "",
                 tables.tail_table(results, scene, arms),
+                "",
+                f"![{tables.scene_name(scene)}]({_relative(drawn, path)})",
             ]
-        drawn = figures.get(scene, {})
-        if drawn:
-            text.append("")
-            text += [f"![{title}]({_relative(file, path)})" for title, file in drawn.items()]
         parts.append("\n".join(text))
     return parts
 
 
 def _comparisons(results: Results) -> str:
+    """All scenes side by side: the controls beside the stress cases, both ways of gathering."""
     scenes = _plain(results)
-    layers = tables.comparison_table(results, scenes, _LAYERS)
-    system = tables.comparison_table(results, scenes, _SYSTEM)
-    return "\n".join(
-        [
-            "## All scenes: layers of the allocator",
-            "",
-            "P99 against the best static α; both ways of gathering and all loads, the controls "
-            "beside the stress cases.",
-            "",
-            layers,
-            "",
-            "## All scenes: what shield, refill and throttle are worth",
-            "",
-            system,
-        ]
+    parts = ["## All scenes", "", "P99 against the best static α of each scene."]
+    for title, arms in (
+        ("Layers of the allocator", _LAYERS),
+        ("Systems, and what shield, refill and throttle are worth", _SYSTEM),
+        ("Other ways of choosing α", _OTHERS),
+    ):
+        text = tables.comparison_table(results, scenes, arms)
+        if text:
+            parts += ["", f"### {title}", "", text]
+    return "\n".join(parts) if len(parts) > 3 else ""
+
+
+def _decisions(results: Results) -> str:
+    text = tables.reasons_table(results, _shown(results), _DECIDERS)
+    said = (
+        "Share of decisions, in %, that changed the commanded α, and that gave each reason. How "
+        "long a decision takes is in [results.md](results.md)."
     )
+    return f"## Decisions\n\n{said}\n\n{text}" if text else ""
 
 
 def _faults(results: Results) -> str:
@@ -196,9 +231,17 @@ def _refill(results: Results) -> str:
     return f"## Bytes moved and refilled\n\n{text}" if text else ""
 
 
-def _fleet(results: Results) -> str:
+def _fleet(results: Results, figures: Path, path: Path) -> str:
     text = tables.fleet_table(results)
-    return f"## Several nodes behind the router\n\n{text}" if text else ""
+    if not text:
+        return ""
+    parts = ["## Several nodes behind the router", "", text]
+    mapped = [s for s in results.scenes if s.nodes > 1 and s.hot is not None]
+    pairs = [pair for pair in _MAPS if any(results.against(s, *pair).seeds for s in mapped)]
+    if pairs:
+        drawn = draw_map(results, mapped, pairs, figures)
+        parts += ["", f"![P99 over nodes and hot users]({_relative(drawn, path)})"]
+    return "\n".join(parts)
 
 
 def _arms(results: Results) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hbm_sim.loop import run_node
 
-from hbm_study.arms import ArmConfig, load_arm, make_arm
+from hbm_study.arms import ArmConfig, held_alpha, load_arm, make_arm
 from hbm_study.arms.config import OracleArm, StaticArm
 from hbm_study.cells import Cell, Scene, Store, cell_key
 from hbm_study.fleet_cells import SPLIT, evaluate_fleet, fleet_arm
@@ -97,8 +97,9 @@ def evaluate(
         return evaluate_fleet(data, name), None
     head = {"scene": data.scene._asdict(), "arm": name}
     # A fault may change what a static split is worth: then it runs in the loop like everybody.
-    if isinstance(config, StaticArm) and not data.faults:
-        static = data.static(config.alpha)
+    held = held_alpha(config, lambda: data.known) if isinstance(config, StaticArm) else None
+    if held is not None and not data.faults:
+        static = data.static(held)
         outcome = outcome_of(static)
         figures = summarise(data, outcome, static_track(data, static.alpha))
         return {**head, **figures, **no_moves(data, outcome)}, None
@@ -113,7 +114,7 @@ def evaluate(
         data.scene.seed,
         tick_s=TICK_S,
         curves=data.track,
-        alpha=config.alpha if isinstance(config, StaticArm) else BEGIN_ALPHA,
+        alpha=BEGIN_ALPHA if held is None else held,
         faults=data.faults,
     )
     track = Track(*(getattr(run, column) for column in Track._fields))

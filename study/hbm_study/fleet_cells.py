@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 from hbm_router.config import Policy
 from hbm_sim.curve_track import CurveTrack
-from hbm_sim.fleet import FleetRun, run_fleet
+from hbm_sim.fleet import ORACLE, FleetRun, run_fleet
 from hbm_sim.loop import Arm
 from hbm_sim.stream import Stream
 
@@ -21,20 +21,34 @@ from hbm_study.scene import TICK_S, SceneData
 from hbm_study.summary import figures_of
 
 SPLIT: Final = "+"
+ROUTINGS: Final[dict[str, tuple[str, dict[str, float]]]] = {
+    **{each.value: (each.value, {}) for each in Policy},
+    # The score of `weighted` with one of its two kinds of residency only, load as there.
+    "kv_aware": ("weighted", {"weight_kv": 0.7, "weight_emb": 0.0}),
+    "emb_aware": ("weighted", {"weight_kv": 0.0, "weight_emb": 0.7}),
+    ORACLE: (ORACLE, {}),
+}
+"""Name -> the router's policy and settings that differ from its defaults."""
 
 
 def fleet_arm(name: str) -> tuple[str, str, ArmConfig]:
     """(routing, arm, its configuration) of a cell's name. Raises `ArmError`."""
     routing, _, arm = name.partition(SPLIT)
-    known = [each.value for each in Policy]
-    if routing not in known:
-        raise ArmError(f"{name}: no routing is called {routing!r}; known: {', '.join(known)}")
+    if routing not in ROUTINGS:
+        raise ArmError(f"{name}: no routing is called {routing!r}; known: {', '.join(ROUTINGS)}")
     config = load_arm(arm)
-    fits = isinstance(config, StaticArm) or (
-        isinstance(config, PolicyArm) and config.adapter is None and config.residual is None
-    )
+    match config:
+        case StaticArm():
+            fits = config.chosen != "profiled"
+        case PolicyArm():
+            fits = config.adapter is None and config.residual is None
+        case _:
+            fits = False
     if not fits:
-        raise ArmError(f"{name}: on fleets run statics and the twin without adapter or residual")
+        raise ArmError(
+            f"{name}: on fleets run static splits that need no profile, and the twin without "
+            "adapter or residual"
+        )
     return routing, arm, config
 
 
@@ -52,15 +66,20 @@ def evaluate_fleet(data: SceneData, name: str) -> dict[str, Any]:
         return make_arm(arm, config, no_track, unknown)
 
     static = isinstance(config, StaticArm)
+    alpha = 0.5
+    if isinstance(config, StaticArm):
+        alpha = data.spec.info.alpha_min if config.chosen == "all-kv" else config.alpha
+    policy, settings = ROUTINGS[routing]
     run = run_fleet(
         data.stream,
         data.spec,
         data.scene.nodes,
         data.scene.seed,
-        policy=routing,
+        policy=policy,
+        settings=settings,
         arms=None if static else node_arm,
         twins=not static,
-        alpha=config.alpha if isinstance(config, StaticArm) else 0.5,
+        alpha=alpha,
         tick_s=TICK_S,
     )
     return {"scene": data.scene._asdict(), "arm": name, **_summary(data, data.stream, run)}

@@ -13,6 +13,9 @@ from hbm_study.statistics import GOAL_SEEDS, NON_INFERIORITY, Interval, interval
 
 STRESS: Final = ("trend", "burst-hot", "burst-new", "mix")
 CONTROLS: Final = ("steady", "light8k", "dlrmv3")
+DATA_SETS: Final = ("taobao", "amazon-video-games", "amazon-books")
+OUT_OF_DISTRIBUTION: Final = ("ood-node", "ood-users", "ood-switch")
+"""Nodes and traffic outside the ranges that anything was trained or tuned on."""
 ORACLE_SHARE: Final = 0.7
 ANCHOR_ERROR: Final = 0.02
 Verdict = Literal["reached", "missed", "not judged"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hbm_study.arms import ArmError, check_models
@@ -71,23 +72,36 @@ def run_suite(
     No cell is begun after the budget's end; one that has begun is finished.
     """
     stop_at = time.time() + budget_s
-    jobs = _until(stop_at, _jobs(plan.missing(store), store.folder, cache, stop_at))
+    jobs = _Jobs(plan.missing(store), store.folder, cache, stop_at)
     for done in backend.run(run_job, jobs):
+        jobs.finished(done.scene)
         progress(done)
     return plan.missing(store)
 
 
-def _jobs(missing: dict[Cell, str], folder: Path, cache: Path, stop_at: float) -> Iterator[Job]:
-    """A whole scene each: two workers on one would both draw its stream and sweep it."""
-    by_scene: dict[Scene, list[tuple[str, str]]] = {}
-    for cell, key in missing.items():
-        by_scene.setdefault(cell.scene, []).append((cell.arm, key))
-    for scene, arms in by_scene.items():
-        yield Job(scene, tuple(arms), folder, cache, stop_at)
+class _Jobs:
+    """A whole scene each, in order: two workers on one would both draw its stream and sweep it.
 
+    For the same reason a scene whose sweep another worker is at waits while there is anything else.
+    """
 
-def _until(stop_at: float, jobs: Iterable[Job]) -> Iterator[Job]:
-    for job in jobs:
-        if time.time() >= stop_at:
-            return
-        yield job
+    def __init__(self, missing: dict[Cell, str], folder: Path, cache: Path, stop_at: float) -> None:
+        by_scene: dict[Scene, list[tuple[str, str]]] = {}
+        for cell, key in missing.items():
+            by_scene.setdefault(cell.scene, []).append((cell.arm, key))
+        self._waiting = [
+            Job(scene, tuple(arms), folder, cache, stop_at) for scene, arms in by_scene.items()
+        ]
+        self._stop_at = stop_at
+        self._swept: Counter[Scene] = Counter()
+
+    def __iter__(self) -> Iterator[Job]:
+        while self._waiting and time.time() < self._stop_at:
+            free = (i for i, job in enumerate(self._waiting) if not self._swept[job.scene.sweep])
+            job = self._waiting.pop(next(free, 0))
+            self._swept[job.scene.sweep] += 1
+            yield job
+
+    def finished(self, scene: Scene) -> None:
+        """Its worker is done."""
+        self._swept[scene.sweep] -= 1

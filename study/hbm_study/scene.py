@@ -22,7 +22,7 @@ from hbm_sim.curve_track import CurveTrack
 from hbm_sim.faults import Fault, FaultKind, scaled
 from hbm_sim.load_level import phase_rates
 from hbm_sim.node_spec import NodeSpec
-from hbm_sim.optimum import StaticRun, latencies, p99, static_run
+from hbm_sim.optimum import RegimeOptimum, StaticRun, latencies, p99, static_run
 from hbm_sim.stream import Stream, make_stream
 from hbm_sim.sweep import Optimum, optimum
 from hbm_sim.workload import Workload, load_workload
@@ -79,8 +79,10 @@ class SceneData:
             return self._for_fleet()
         if scene.load == EQUAL:
             qps = min(phase_rates(workload, workload.phases()))
-            return make_stream(workload, scene.seed, qps=qps, requests=scene.requests)
-        return make_stream(workload, scene.seed, load=float(scene.load), requests=scene.requests)
+            return make_stream(workload, scene.seed, scene.rate, qps=qps, requests=scene.requests)
+        return make_stream(
+            workload, scene.seed, scene.rate, load=float(scene.load), requests=scene.requests
+        )
 
     def _for_fleet(self) -> Stream:
         """A longer walk at one rate: a node's lowest capacity, times the nodes, times the load."""
@@ -96,7 +98,11 @@ class SceneData:
         shipped = load_workload(scene.workload).with_gather(scene.gather)
         qps = min(phase_rates(shipped, shipped.phases())) * float(scene.load) * scene.nodes
         return make_stream(
-            workload.model_copy(update=update), scene.seed, FLEET_RATE, qps=qps, requests=requests
+            workload.model_copy(update=update),
+            scene.seed,
+            scene.rate or FLEET_RATE,
+            qps=qps,
+            requests=requests,
         )
 
     @cached_property
@@ -142,8 +148,7 @@ class SceneData:
     def _timed(self, alpha: float) -> StaticRun:
         """Latencies from kept service times, unless the queue would have refused a request."""
         stream, spec = self.stream, self.spec
-        scene = self.scene._replace(load="", gather="serial", fault="")
-        path = self._path("statics", scene._asdict(), round(alpha, 6))
+        path = self._path("statics", self.scene.sweep._asdict(), round(alpha, 6))
         if not path.is_file():
             run = static_run(stream, spec, alpha)
             if not np.isnan(run.latency_ms).any():
@@ -201,6 +206,25 @@ class SceneData:
             )
         return found
 
+    def optimum_of(self, regime: str) -> RegimeOptimum:
+        """α* of a regime with its curves over the coarse grid."""
+        runs = [self.static(alpha) for alpha in self.grid(0.0, 1.0, COARSE_STEP)]
+        settled = self.stream.of_regime(regime)
+        whole = self.stream.of_regime(regime, settled=False)
+        best = self.best[regime]
+        return RegimeOptimum(
+            regime=regime,
+            requests=int(whole.sum()),
+            mean_service_ms=np.array([run.service_ms[settled].mean() for run in runs]),
+            p99_ms=np.array([p99(run.latency_ms[whole]) for run in runs]),
+            kv_hit_ratio=np.array([run.kv_hit[settled].mean() for run in runs]),
+            emb_miss_ratio=np.array(
+                [run.missed_rows[settled].sum() / run.looked_up_rows[settled].sum() for run in runs]
+            ),
+            by_service=best.by_service,
+            by_p99=best.by_tail,
+        )
+
     @cached_property
     def best_static(self) -> float:
         """The static α of this very stream with the lowest pooled P99, in hindsight."""
@@ -217,6 +241,7 @@ class SceneData:
             {name: each.by_service.alpha for name, each in self.best.items()},
             {name: each.by_tail.alpha for name, each in self.best.items()},
             self.best_static,
+            self.spec.info.alpha_min,
         )
 
     def _path(self, kind: str, *content: Any) -> Path:

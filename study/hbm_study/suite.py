@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
 from typing import Final, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from hbm_load.model_text import parse_model
+from pydantic import BaseModel, ConfigDict, Field
 
 from hbm_study.cells import Cell, Scene
 
-SUITES: Final = ("smoke", "paper", "full")
+SUITES: Final = ("smoke", "core", "paper", "full")
 
 
 class SuiteError(ValueError):
@@ -38,6 +39,8 @@ class Block(_Section):
     """Above 1: arms are `ROUTING+ARM`."""
     hot: tuple[float | None, ...] = (None,)
     """Shares of requests of hot users; null: as the workload says."""
+    rate: float | None = Field(None, gt=0.0, le=1.0)
+    """Share of rows followed; null: that of the suite."""
 
 
 class Suite(_Section):
@@ -45,6 +48,8 @@ class Suite(_Section):
 
     schema_version: Literal[1]
     description: str
+    rate: float | None = Field(None, gt=0.0, le=1.0)
+    """Share of rows followed; null: as each workload says."""
     arm_lists: dict[str, tuple[str, ...]] = {}
     blocks: tuple[Block, ...] = Field(min_length=1)
 
@@ -70,7 +75,18 @@ class Suite(_Section):
 
     def _scenes(self, block: Block, seed: int) -> list[Scene]:
         return [
-            Scene(workload, load, gather, seed, fault, block.requests, nodes, hot)
+            Scene(
+                workload,
+                load,
+                gather,
+                seed,
+                fault,
+                block.requests,
+                nodes,
+                hot,
+                # Fleets have a rate of their own: their streams are long.
+                block.rate or (self.rate if nodes == 1 else None),
+            )
             for workload in block.workloads
             for load in block.loads
             for gather in block.gathers
@@ -80,14 +96,19 @@ class Suite(_Section):
         ]
 
 
-def load_suite(name: str) -> Suite:
-    """A shipped suite. Raises `SuiteError`."""
-    if name not in SUITES:
-        raise SuiteError(f"no suite is called {name!r}; known: {', '.join(SUITES)}")
-    text = (files("hbm_study") / "suites" / f"{name}.yaml").read_text(encoding="utf-8")
-    try:
-        return Suite.model_validate(yaml.safe_load(text))
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise SuiteError(f"suite {name}: {where}: {problem['msg']}") from error
+def load_suite(source: str) -> Suite:
+    """A shipped suite by name, or a YAML file. Raises `SuiteError`."""
+    if source in SUITES:
+        text = (files("hbm_study") / "suites" / f"{source}.yaml").read_text(encoding="utf-8")
+    elif source.endswith((".yaml", ".yml")):
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SuiteError(f"{source}: cannot be read ({error})") from error
+    else:
+        raise SuiteError(
+            f"no suite is called {source!r}; give a YAML file or one of: {', '.join(SUITES)}"
+        )
+    return parse_model(
+        text, source, Suite, SuiteError, "blocks", "docs/evaluation.md has an example"
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from hbm_sim.describe import RegimeCharacter
+
 from hbm_study.cells import Scene
 from hbm_study.goals import Judged, judge, residual_ships
 from hbm_study.results import (
@@ -19,10 +21,12 @@ from hbm_study.results import (
     whole,
 )
 from hbm_study.statistics import Interval
+from hbm_study.summary import STEP_EDGES
 
 HEAD = tuple[str, ...]
 FLEET_REFERENCE = "round_robin+static-0.50"
 OURS = ("twin", "twin-adapter", "twin-adapter-gate", "drop", "defaults", "full")
+SYSTEMS = ("kv-opt", "kv-emb-opt")
 _SHOWN_STATICS = ("static-0.10", "static-0.30", "static-0.50", "static-0.70", "static-0.90")
 
 
@@ -72,7 +76,7 @@ def scene_name(scene: Scene) -> str:
 def ordered(results: Results, scene: Scene) -> list[str]:
     """Arms as tables show them: hindsight first, statics, ours, then everybody else."""
     arms = results.arms(scene)
-    ours = [a for a in OURS if a in arms]
+    ours = [a for a in (*SYSTEMS, *OURS) if a in arms]
     hindsight = [BEST_STATIC, BEST_PAID, *(a for a in arms if a == "oracle-free")]
     statics = [a for a in _SHOWN_STATICS if a in arms]
     taken = {*ours, *hindsight, *statics}
@@ -292,6 +296,71 @@ def fleet_table(results: Results) -> str:
         "SLO met, %",
         "KV hit, %",
         "busiest ÷ mean",
+    )
+    return table(head, rows)
+
+
+def reasons_table(results: Results, scenes: Iterable[Scene], arms: Sequence[str]) -> str:
+    """How many decisions gave each reason, in per cent; a decision may give several."""
+    rows, names = [], dict[str, None]()
+    shares: list[tuple[Scene, str, dict[str, float], float]] = []
+    for scene in scenes:
+        for arm in arms:
+            cells = results.cells(scene, arm).values()
+            decisions = sum(cell["decisions"] for cell in cells)
+            if not decisions:
+                continue
+            counts: dict[str, float] = {}
+            for cell in cells:
+                for name, count in cell["reasons"].items():
+                    counts[name] = counts.get(name, 0) + 100.0 * count / decisions
+            names |= dict.fromkeys(counts)
+            still = len(STEP_EDGES) // 2
+            moved = sum(sum(cell["alpha_steps"]) - cell["alpha_steps"][still] for cell in cells)
+            shares.append((scene, arm, counts, 100.0 * moved / decisions))
+    for scene, arm, counts, moved in shares:
+        told = [f"{counts[name]:.1f}" if name in counts else "–" for name in names]
+        rows.append([scene_name(scene), arm, f"{moved:.1f}", *told])
+    said = (name.lower().replace("_", " ") for name in names)
+    return table(("scene", "arm", "α changed", *said), rows)
+
+
+def characters_table(characters: Iterable[tuple[str, RegimeCharacter]]) -> str:
+    """What traffic is like, regime by regime."""
+    rows = []
+    for workload, each in characters:
+        best = each.optimum.by_service
+        hits = each.optimum.kv_hit_ratio
+        misses = each.optimum.emb_miss_ratio
+        rows.append(
+            [
+                workload,
+                each.regime,
+                f"{best.alpha:.3f}",
+                f"{best.plateau_low:.2f} to {best.plateau_high:.2f}",
+                f"{each.per_s:.0f}",
+                f"{each.dispersion:.2f}",
+                f"{each.history_median:,.0f}",
+                f"{100 * each.revisit_share:.0f} %",
+                f"{100 * each.hot_user_share:.0f} %",
+                f"{100 * each.row_shares['1.0%']:.0f} %",
+                f"{100 * hits[-1]:.0f} to {100 * hits[0]:.0f} %",
+                f"{100 * misses[0]:.0f} to {100 * misses[-1]:.0f} %",
+            ]
+        )
+    head = (
+        "workload",
+        "regime",
+        "α*",
+        "within 1 %",
+        "requests/s at load 1",
+        "dispersion",
+        "history, median",
+        "revisits",
+        "requests of the top 1 % of users",
+        "lookups of the top 1 % of rows",
+        "KV hits, α .9 to .1",
+        "row misses, α .1 to .9",
     )
     return table(head, rows)
 

@@ -20,9 +20,17 @@ from hbm_study.arms.config import (
     StaticArm,
     load_arm,
 )
-from hbm_study.arms.fixed import Known, PaidOracle, Static
+from hbm_study.arms.fixed import Known, PaidOracle, Static, held_alpha
 
-__all__ = ["ArmConfig", "ArmError", "Known", "check_models", "load_arm", "make_arm"]
+__all__ = [
+    "ArmConfig",
+    "ArmError",
+    "Known",
+    "check_models",
+    "held_alpha",
+    "load_arm",
+    "make_arm",
+]
 
 
 def check_models(config: ArmConfig) -> None:
@@ -50,7 +58,7 @@ def make_arm(
     """
     match config:
         case StaticArm():
-            return Static(name, config)
+            return Static(name, config, held_alpha(config, known))
         case OracleArm(free=False):
             return PaidOracle(name, config, known())
         case PolicyArm():

@@ -51,6 +51,9 @@ class StaticArm(_Arm):
     kind: Literal["static"]
     alpha: Share = 0.5
     """Held from the start."""
+    chosen: Literal["given", "all-kv", "profiled"] = "given"
+    """`given`: by `alpha`. `all-kv`: the node's lowest. `profiled`: best by mean service time for
+    the regime that the stream begins with, as a profile at deployment would find it."""
 
 
 class OracleArm(_Arm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -24,15 +25,30 @@ class Known(NamedTuple):
     """Each regime's α* by P99."""
     best_static: float
     """The best static α in hindsight, by pooled P99."""
+    lowest: float
+    """The node's lower bound of α."""
+
+
+def held_alpha(config: StaticArm, known: Callable[[], Known]) -> float:
+    """The α that a static arm holds; `known` is asked only by one that was profiled."""
+    match config.chosen:
+        case "given":
+            return config.alpha
+        case "all-kv":
+            return known().lowest
+        case "profiled":
+            stream = known().stream
+            first = stream.regimes[int(stream.regime[stream.warm_up])]
+            return known().by_mean[first]
 
 
 class Static:
     """α never moves; the run begins at it."""
 
-    def __init__(self, name: str, config: StaticArm) -> None:
+    def __init__(self, name: str, config: StaticArm, alpha: float) -> None:
         self.name = name
         self._steering = Steering(config.moves, free=True)
-        self._alpha = config.alpha
+        self._alpha = alpha
 
     def start(self, spec: NodeSpec, seed: int) -> None:
         """Nothing to prepare."""
