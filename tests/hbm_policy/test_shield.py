@@ -192,7 +192,7 @@ def check(reading: Reading, decision: Any) -> None:
         assert is_hold(decision) or reading.mode == Mode.RECOMMEND
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(readings=st.lists(READINGS, min_size=1, max_size=4), policy=POLICIES)
 def test_no_reading_makes_a_target_that_is_not_allowed(
     readings: list[Reading], policy: Policy
@@ -206,7 +206,7 @@ def test_no_reading_makes_a_target_that_is_not_allowed(
         state = decision.state
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(spoilt=st.lists(SPOILT, min_size=1, max_size=6), policy=POLICIES)
 def test_a_few_bad_fields_never_get_past_the_shield(reading, spoilt, policy) -> None:
     state = PolicyState()
