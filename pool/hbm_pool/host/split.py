@@ -100,6 +100,7 @@ class Split:
         self._drop_only = False
         self._requested: tuple[int, bool] | None = None
         self._under_way = False
+        self._blocked = False  # the newest slice had nothing that it might take
         self._clock_s = clock_s
         self._direction = 0  # of the newest change of the target: -1, 1; 0 before the first
         self._counted = True  # whether that change is among `moves`
@@ -123,6 +124,11 @@ class Split:
     def moving(self) -> bool:
         """True from the request for another α until it is reached."""
         return self._under_way or self._requested is not None
+
+    @property
+    def has_slices(self) -> bool:
+        """True while a move has a slice to do now: what is pinned has to wait."""
+        return self._requested is not None or (self._under_way and not self._blocked)
 
     def counters(self) -> SplitCounters:
         """All of it at once; the caller holds `lock`."""
@@ -218,12 +224,14 @@ class Split:
                 return False
             missing = self._target - self.ledger.count(Owner.EMB)
             drop_only = self._drop_only
+        self._blocked = False
         if missing < 0:
             self._shrink_emb(-missing, drop_only)
+            self._blocked = self._promised == 0
         else:
             self._cancel_shrink()
             if missing > 0:
-                self._grow_emb(missing, drop_only)
+                self._blocked = self._grow_emb(missing, drop_only) == 0
         with self.lock:
             if self._target == self.ledger.count(Owner.EMB):
                 self._under_way = False
@@ -280,9 +288,9 @@ class Split:
             self.emb.cancel_shrink()
             self._promised = 0
 
-    def _grow_emb(self, missing: int, drop_only: bool) -> None:
+    def _grow_emb(self, missing: int, drop_only: bool) -> int:
         """Takes what is free, and has KV give up the rest: spare extents, then the coldest users.
-        Pinned users are left alone; the next boundary asks again."""
+        Pinned users are left alone; the next boundary asks again. -> extents taken."""
         n = missing if drop_only else min(missing, GROWTH_SLICE_EXTENTS)
         with self.lock:
             ledger = self.ledger
@@ -299,3 +307,4 @@ class Split:
             self.moved_extents += len(taken)
         if len(taken):
             self.emb.grow(taken)
+        return len(taken)

@@ -158,6 +158,38 @@ def test_a_planned_shrink_keeps_referenced_rows() -> None:
     assert hits.mean() > 0.9
 
 
+def test_an_idle_server_goes_on_until_the_move_is_done() -> None:
+    node = Node()
+    node.emb.rows.access_many(np.arange(20 * ROWS, dtype=np.uint32))
+    node.split.step()
+    assert not node.split.has_slices, "nothing was asked for"
+    node.split.set_target(0.25)
+    slices = 0
+    while node.split.has_slices:
+        node.split.step()
+        slices += 1
+    assert slices > 5
+    assert not node.split.moving
+    assert node.split.alpha == 0.25
+    node.check()
+
+
+def test_an_idle_server_does_not_spin_for_pinned_users() -> None:
+    node = Node()
+    pinned = node.acquire(1, 20)
+    assert pinned is not None
+    node.split.set_target(0.75)
+    slices = 0
+    while node.split.has_slices:
+        node.split.step()
+        slices += 1
+    assert slices < 5
+    assert node.split.moving
+    node.kv.commit(pinned)
+    node.settle()
+    assert node.split.alpha == 0.75
+
+
 def test_a_move_pauses_for_pinned_users_and_never_blocks() -> None:
     node = Node()
     pinned = node.acquire(1, 16)
