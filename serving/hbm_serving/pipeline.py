@@ -32,8 +32,10 @@ Work = TypeVar("Work")
 class Stages(Protocol[Work]):
     """What the pipeline runs. `gather` and `boundary` run on one thread, `compute` on one."""
 
-    def boundary(self, idle: bool) -> None:
-        """Between batches, and at least every `IDLE_S`: telemetry out, commands in."""
+    def boundary(self, idle: bool) -> bool:
+        """Between batches, and at least every `IDLE_S`: telemetry out, commands in.
+
+        True: an idle server has more to do and wants to come back as soon as nothing waits."""
 
     def gather(self, tickets: list[Ticket], slot: int) -> Work:
         """Looks up KV and rows of a batch; `slot` names the buffers it may use."""
@@ -108,12 +110,12 @@ class Pipeline(Generic[Work]):
             slot = self._free_slot()
             if self._between:
                 self._run_between()
-            self._boundary(idle=self._incoming.depth == 0)
+            more = self._boundary(idle=self._incoming.depth == 0)
             tickets, expired = self._incoming.take(
                 self._limits.max_batch_requests,
                 self._limits.max_batch_tokens,
                 self._limits.batch_wait_ms / 1e3,
-                IDLE_S,
+                0.0 if more else IDLE_S,
             )
             self.expired += len(expired)
             for ticket in expired:
@@ -168,11 +170,12 @@ class Pipeline(Generic[Work]):
         for slot in others:
             self._free.put(slot)
 
-    def _boundary(self, *, idle: bool) -> None:
+    def _boundary(self, *, idle: bool) -> bool:
         try:
-            self._stages.boundary(idle)
+            return self._stages.boundary(idle)
         except Exception:
             _log.exception("work between batches failed")
+            return False
 
     # -- compute thread ----------------------------------------------------------------------
 

@@ -44,8 +44,8 @@ class PooledMemory:
     def begin_batch(self) -> None:
         self.pool.begin_batch()
 
-    def idle(self) -> None:
-        self.pool.idle()
+    def idle(self) -> bool:
+        return self.pool.idle()
 
     def acquire(self, user: int, pages: npt.NDArray[np.uint32], tokens: int) -> Hold | None:
         return self.pool.kv.acquire(user, pages, tokens)

@@ -98,10 +98,10 @@ class RankStages:
         if model.device.type == "cuda":
             self._side = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
 
-    def boundary(self, idle: bool) -> None:
-        if idle:
-            self.memory.idle()
+    def boundary(self, idle: bool) -> bool:
+        more = self.memory.idle() if idle else False
         self._on_boundary(idle)
+        return more
 
     # -- stage 1 -----------------------------------------------------------------------------
 

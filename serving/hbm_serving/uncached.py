@@ -47,8 +47,8 @@ class HostMemory:
     def begin_batch(self) -> None:
         """Nothing moves here."""
 
-    def idle(self) -> None:
-        """Nothing moves here."""
+    def idle(self) -> bool:
+        return False  # nothing moves here
 
     def acquire(self, user: int, pages: npt.NDArray[np.uint32], tokens: int) -> Hold | None:
         return None
