@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
@@ -43,9 +44,9 @@ class JoblibBackend:
 
 
 class RayBackend:
-    """Tasks on a Ray cluster; without an address one is started on this machine.
+    """Tasks on the Ray cluster of `RAY_ADDRESS`; without it one is started on this machine.
 
-    Nodes must see the output folder under the same path.
+    Nodes must have the package and see the output folder under the same path.
     """
 
     def __init__(self, workers: int) -> None:
@@ -53,7 +54,9 @@ class RayBackend:
 
         self._ray: Any = ray
         if not ray.is_initialized():
-            ray.init(num_cpus=workers, log_to_driver=False)
+            # A cluster that is there already has its own idea of how many cores it has.
+            here = not os.environ.get("RAY_ADDRESS")
+            ray.init(num_cpus=workers if here else None, log_to_driver=False)
         self.workers = workers
 
     def run(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:

@@ -114,6 +114,9 @@ def _run(
     from hbm_study.results import Results
     from hbm_study.run import run_suite
 
+    # A worker of a cluster has a working directory of its own.
+    out = out.resolve()
+    cache = (cache or out / "cache").resolve()
     store = Store(out)
     for arm, reason in plan.left_out.items():
         typer.echo(f"left out: {arm}: {reason}", err=True)
@@ -132,7 +135,7 @@ def _run(
             missing = run_suite(
                 plan,
                 store,
-                cache or out / "cache",
+                cache,
                 make_backend(backend, jobs),
                 60.0 * budget,
                 advance,
@@ -146,7 +149,7 @@ def _run(
         Results(cells),
         path,
         path.parent / "images" / "policy",
-        cache or out / "cache",
+        cache,
         suite=name,
         description=suite.description,
         seeds=plan.seeds,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hbm_study.arms import load_arm
-from hbm_study.backends import JoblibBackend
+from hbm_study.backends import JoblibBackend, RayBackend
 from hbm_study.cells import Cell, Scene, Store, cell_key
 from hbm_study.evaluate import config_of, evaluate
 from hbm_study.results import BEST_STATIC, Results
@@ -88,6 +88,19 @@ def test_worker_processes_finish_the_same_cells(
     one, two = Store(tmp_path / "one"), Store(tmp_path / "two")
     run_suite(plan, one, cache, JoblibBackend(1), 600.0, lambda done: None)
     run_suite(plan, two, cache, JoblibBackend(2), 600.0, lambda done: None)
+    for key in plan.cells.values():
+        first, second = one.load(key), two.load(key)
+        first.pop("seconds")
+        second.pop("seconds")
+        assert first == second
+
+
+def test_ray_finishes_the_same_cells(workload_file: Path, tmp_path: Path, cache: Path) -> None:
+    pytest.importorskip("ray", reason="hbm-partition[ray] is not installed")
+    plan = Plan.of(_suite(workload_file))
+    one, two = Store(tmp_path / "one"), Store(tmp_path / "two")
+    run_suite(plan, one, cache, JoblibBackend(1), 600.0, lambda done: None)
+    assert run_suite(plan, two, cache, RayBackend(2), 600.0, lambda done: None) == {}
     for key in plan.cells.values():
         first, second = one.load(key), two.load(key)
         first.pop("seconds")
