@@ -50,6 +50,9 @@ HIT_SAMPLE: Final = 8
 """One gather in so many notes all it asked for, with this weight, for the refiller's counts."""
 CANDIDATE_ROWS: Final = 4096
 """Rows the refiller asks about at a time."""
+SWEEP_STEP: Final = 1 << 15
+SWEEP_PLACES: Final = 1 << 19
+"""Counts it looks at, at a time and before it rests."""
 SLICE_SLOTS: Final = 256
 """Slots a planned move looks at between two looks at the clock."""
 
@@ -243,24 +246,26 @@ class EmbeddingCache:
         with self._lock:
             return sum(kind.index.free_slots() for kind in self.classes)
 
-    def refill_candidates(self, limit: int, *, least: int = 2) -> list[tuple[int, Keys]]:
-        """Per class with unused slots: its hottest rows that are not in the cache, hottest first,
-        at most `limit` and no more than there are slots. Rows counted fewer than `least` times
-        lately are not worth a copy."""
+    def refill_candidates(self, limit: int) -> list[tuple[int, Keys]]:
+        """Per class with unused slots: rows that are not in the cache, the hottest of them first,
+        at most `limit` and no more than there are slots. Looks at `SWEEP_PLACES` counts and goes
+        on from there at the next call: none found does not mean that there are none."""
         found = []
         for kind in self.classes:
             with self._lock:
                 room = min(limit, kind.index.free_slots())
             if room == 0:
+                kind.counts.restart()
                 continue
-            hottest, _ = kind.counts.snapshot(least)
             missing: list[Keys] = []
-            for start in range(0, hottest.size, CANDIDATE_ROWS):
-                keys = hottest[start : start + CANDIDATE_ROWS]
-                missing.append(keys[~kind.index.contains(keys)])
-                if sum(keys.size for keys in missing) >= room:
-                    break
-            if sum(keys.size for keys in missing):
+            chosen, places = 0, min(SWEEP_PLACES, kind.counts.cycle)
+            while chosen < room and places > 0:
+                keys, looked = kind.counts.sweep(CANDIDATE_ROWS, min(SWEEP_STEP, places))
+                keys = keys[~kind.index.contains(keys)]
+                missing.append(keys)
+                chosen += keys.size
+                places -= looked
+            if chosen:
                 found.append((kind.number, np.concatenate(missing)[:room]))
         return found
 

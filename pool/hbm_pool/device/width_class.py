@@ -71,7 +71,7 @@ class EmbClass:
         self._most_extents = math.ceil(whole * PROBATION_SPARE) + 1
         self._table_bytes = self.num_keys * self.row_bytes
         self.index: RowIndex = self._make_index(index, arena)
-        self.counts = RecentCounts(self.arena_rows.shape[0])
+        self.counts = RecentCounts(self.arena_rows.shape[0], self.num_keys)
         self.price = float(self.row_bytes + ROW_PRICE_BYTES)
         self.accesses = 0
         self.misses = 0
