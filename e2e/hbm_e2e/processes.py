@@ -1,5 +1,6 @@
-"""Killing single processes inside pods of our own cluster, as the kernel would."""
+"""Processes inside pods of our own cluster: killed as the kernel would, and what they have used."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,13 @@ def kill(cluster: Cluster, pod: Mapping[str, Any], container: str, command: str 
     if not victims:
         raise HarnessError(f"{container} runs no process with {command!r} in its command line")
     node.run("kill", "-KILL", *victims)
+
+
+def cpu_s(cluster: Cluster, pod: Mapping[str, Any], container: str) -> float:
+    """CPU time that a container has had since it was last started."""
+    node = cluster.node(pod["spec"]["nodeName"])
+    said = node.run(*_CTR, "metrics", "--format", "json", _identity(pod, container))
+    return float(json.loads(said)["cpu"]["usage"]["total"]) / 1e9
 
 
 def _identity(pod: Mapping[str, Any], container: str) -> str:
