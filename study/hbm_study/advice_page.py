@@ -22,8 +22,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #d9dee3; }
 .verdict { font-size: 1.15rem; border-left: .3rem solid #0b6e99; padding: .4rem .8rem; }
-.soft { color: #5b6670; font-size: .9rem; } svg { max-width: 100%; height: auto; }
-pre { background: #f4f6f8; padding: .8rem; overflow-x: auto; }
+.soft { color: #5b6670; font-size: .9rem; } svg { width: 100%; height: auto; }
+pre { background: #f4f6f8; padding: .8rem; overflow-x: auto; white-space: pre-wrap; }
 """
 
 
@@ -104,6 +104,8 @@ def _static_plot(advice: Advice) -> str:
         axes.axhline(advice.adaptive_tail_ms, ls="--", lw=1, label="P99, adapting")
         axes.axvline(advice.recommended, color="#a32638", lw=1, ls=":")
         axes.set(xlabel="α", ylabel="ms", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
 
     return _svg(draw)
 
@@ -112,7 +114,7 @@ def _time_plot(advice: Advice) -> str:
     def draw(axes: Axes) -> None:
         axes.plot(advice.time_s, advice.alpha_over_time, label="α")
         axes.plot(advice.time_s, advice.anchor_over_time, lw=0.8, ls=":", label="α̂ of the twin")
-        axes.set(xlabel="s", ylabel="α", ylim=(0, 1))
+        axes.set(xlabel="time, s", ylabel="α", ylim=(0, 1))
 
     return _svg(draw)
 

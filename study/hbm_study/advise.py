@@ -26,7 +26,8 @@ Floats = npt.NDArray[np.float64]
 STRETCHES: Final = 20
 """Equal parts of the log that are resampled."""
 USED_SHARE: Final = 0.7
-"""Share of the server's time at the best static α where no rate is given."""
+"""Share of the server's time in the busiest stretch, at the best static α, where no rate is given:
+a node is bought for its peak."""
 STEP: Final = 0.05
 TICK_S: Final = 0.25
 LEAST_REQUESTS: Final = 2000
@@ -71,9 +72,19 @@ class Advice:
         return self.tail_change.high < -NON_INFERIORITY
 
     @property
+    def matters(self) -> bool:
+        """Some split is worse than another by more than noise."""
+        return bool(
+            self.tail_ms.max() > (1.0 + NON_INFERIORITY) * self.tail_ms.min()
+            or self.service_ms.max() > 1.01 * self.service_ms.min()
+        )
+
+    @property
     def recommended(self) -> float:
         """Static α to begin with, or to stay at: the best by P99 where it is clear, else by mean
-        service time, whose minimum is sharper."""
+        service time, whose minimum is sharper. The middle where no α is better than another."""
+        if not self.matters:
+            return float(self.alpha[len(self.alpha) // 2])
         inside = (
             self.best_tail.plateau_low <= self.best_service.alpha <= self.best_tail.plateau_high
         )
@@ -83,6 +94,17 @@ class Advice:
         """One plain sentence."""
         change, low, high = (100.0 * value for value in self.tail_change[:3])
         seen = f"P99 {change:+.1f} % [{low:+.1f}, {high:+.1f}] against the best static α"
+        if not self.matters:
+            return (
+                "Adapting is not worth it, and neither is choosing: every split of this pool "
+                "serves this log alike. What the log asks for fits, or hardly anything of it "
+                "returns."
+            )
+        if self.moved_bytes == 0:
+            return (
+                "Adapting is not worth it: the policy that ships would not have moved α once on "
+                "this log. Keep α fixed."
+            )
         if self.pays:
             return f"Adapting is worth it: {seen}."
         if self.tail_change.low > NON_INFERIORITY:
@@ -98,14 +120,21 @@ class Advice:
             plain[name] = plain[name].tolist()
         for name in ("tail_change", "service_change"):
             plain[name] = getattr(self, name)._asdict()
-        return {**plain, "pays": self.pays, "recommended": self.recommended}
+        return {
+            **plain,
+            "pays": self.pays,
+            "matters": self.matters,
+            "recommended": self.recommended,
+            "verdict": self.verdict(),
+        }
 
 
 def advise(
     stream: Stream, spec: NodeSpec, *, qps: float | None = None, slo_ms: float | None = None
 ) -> Advice:
     """Sweeps, adapts, compares. `qps`: mean arrivals per second; None: so that the best static α
-    keeps the server busy for `USED_SHARE` of the time. Gaps keep their proportions. `slo_ms`: None
+    keeps the server busy for `USED_SHARE` of the log's busiest stretch. Gaps keep their
+    proportions. `slo_ms`: None
     for twice the median latency of the best static α.
 
     Raises AdviceError for too short a log.
@@ -121,7 +150,7 @@ def advise(
     runs = [static_run(stream, spec, float(alpha)) for alpha in alphas]
     means = np.array([run.service_ms[counted & stream.settled].mean() for run in runs])
     if qps is None:
-        qps = USED_SHARE * 1e3 / float(means.min())
+        qps = _rate_for_peak(stream, runs[int(means.argmin())])
     stream = _at_rate(stream, qps)
     tails = np.array([_tail(stream, spec, run) for run in runs])
     points = [run.alpha for run in runs]
@@ -157,6 +186,20 @@ def advise(
         alpha_over_time=run.alpha[first:],
         anchor_over_time=run.anchor[first:],
     )
+
+
+def _rate_for_peak(stream: Stream, run: StaticRun) -> float:
+    """Mean arrivals per second at which the busiest stretch keeps the server busy as wished."""
+    arrival_s = stream.arrival_s
+    length_s = float(arrival_s[-1] - arrival_s[0])
+    peak = 0.0
+    for part in np.array_split(np.arange(len(stream)), STRETCHES):
+        took_s = float(arrival_s[part[-1]] - arrival_s[part[0]])
+        busy_s = float(np.nansum(run.service_ms[part])) / 1e3
+        peak = max(peak, busy_s / took_s if took_s > 0.0 else 0.0)
+    if peak <= 0.0 or length_s <= 0.0:
+        return USED_SHARE * 1e3 / float(np.nanmean(run.service_ms))
+    return USED_SHARE / peak * (len(stream) - 1) / length_s
 
 
 def _at_rate(stream: Stream, qps: float) -> Stream:

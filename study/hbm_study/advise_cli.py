@@ -41,7 +41,7 @@ def advise(
     parts: Annotated[int, typer.Option(min=1, max=50, help="Parts the log is cut into.")] = 4,
     qps: Annotated[
         float | None,
-        typer.Option(min=0.001, help="Requests per second of one node (default: 70 % busy)."),
+        typer.Option(min=0.001, help="Requests per second of one node (default: peak 70 % busy)."),
     ] = None,
     slo_ms: Annotated[
         float | None, typer.Option(min=0.001, help="Latency goal, ms (default: the file's).")

@@ -83,7 +83,7 @@ def draw_map(
         axes.set_xticks(range(len(nodes)), [str(each) for each in nodes])
         axes.set_yticks(range(len(hot)), [f"{100 * each:.0f} %" for each in hot])
         axes.set(xlabel="nodes", ylabel="hot users")
-        axes.set_title(f"{arm.partition('+')[0]} against {reference.partition('+')[0]}", fontsize=9)
+        axes.set_title(f"{arm.partition('+')[0]} against {reference.partition('+')[0]}")
         axes.grid(visible=False)
     figure.colorbar(shown, ax=panels[0].tolist(), label="P99, %")
     return _save(figure, folder / "nodes-and-hot-users.png")
@@ -116,13 +116,12 @@ def _bars(axes: Axes, results: Results, scene: Scene) -> None:
     for place, arm in enumerate(order):
         mean, low, high, _ = seen[arm]
         axes.barh(place, min(mean, WORST) * 100, color=COLOURS.get(arm, _GREY), height=0.7)
-        if not math.isnan(low):
+        if not math.isnan(low) and mean <= WORST:
             ends = [100 * min(low, WORST), 100 * min(high, WORST)]
             axes.plot(ends, [place, place], color="black", lw=1)
         if mean > WORST:
-            axes.text(
-                100 * WORST, place, f"{100 * mean:+.0f} % ", ha="right", va="center", fontsize=6
-            )
+            axes.text(103 * WORST, place, f"{100 * mean:+,.0f} %", va="center", fontsize=6)
+            axes.set_xlim(right=122 * WORST)
     axes.set_yticks(range(len(order)), order, fontsize=7)
     axes.axvline(0.0, color="black", lw=0.8)
     axes.set(title="P99 against the best static α, %", xlabel="")
@@ -243,6 +242,9 @@ def _page(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]
     mpl.use("Agg")
     from matplotlib import pyplot
 
+    for name in ("axes.labelsize", "xtick.labelsize", "ytick.labelsize"):
+        mpl.rcParams[name] = 8
+    mpl.rcParams["axes.titlesize"] = 9
     figure, panels = pyplot.subplots(
         rows,
         columns,
@@ -252,9 +254,7 @@ def _page(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]
     )
     for axes in panels.flat:
         axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=8)
-        axes.title.set_fontsize(9)
-        axes.xaxis.label.set_fontsize(8)
+        axes.set_axisbelow(True)
     return figure, panels
 
 

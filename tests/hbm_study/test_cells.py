@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hbm_study.arms import load_arm
+from hbm_study.arms import ArmError, load_arm
 from hbm_study.backends import JoblibBackend, RayBackend
 from hbm_study.cells import Cell, Scene, Store, cell_key
-from hbm_study.evaluate import config_of, evaluate
+from hbm_study.evaluate import Done, config_of, evaluate
+from hbm_study.fleet_cells import ROUTINGS
 from hbm_study.results import BEST_STATIC, Results
 from hbm_study.run import Plan, run_suite
 from hbm_study.scene import SceneData
@@ -23,7 +27,7 @@ def _suite(workload: Path, seeds: int = 2) -> Suite:
     return Suite(schema_version=1, description="test", arm_lists={"all": ARMS}, blocks=(block,))
 
 
-@pytest.mark.parametrize("name", ["smoke", "paper", "full"])
+@pytest.mark.parametrize("name", ["smoke", "core", "paper", "full"])
 def test_shipped_suites_name_known_arms_and_scenes(name: str) -> None:
     cells = load_suite(name).cells()
     assert cells
@@ -33,8 +37,81 @@ def test_shipped_suites_name_known_arms_and_scenes(name: str) -> None:
 
 
 def test_an_unknown_suite_is_refused() -> None:
-    with pytest.raises(SuiteError, match="known: smoke, paper, full"):
+    with pytest.raises(SuiteError, match="one of: smoke, core, paper, full"):
         load_suite("huge")
+
+
+def test_a_suite_of_ones_own_is_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    block = "{workloads: [steady], seeds: 1, arms: [twin], rate: 0.002}"
+    file.write_text(f"schema_version: 1\ndescription: mine\nblocks: [{block}]\n")
+    assert load_suite(str(file)).cells() == [
+        Cell(Scene("steady", "1.0", "serial", 1, rate=0.002), "twin")
+    ]
+    file.write_text("schema_version: 1\ndescription: mine\nblocks: [{workloads: [steady]}]\n")
+    with pytest.raises(SuiteError, match=r"mine.yaml: blocks.0.seeds: this key is required"):
+        load_suite(str(file))
+
+
+def test_no_two_workers_sweep_the_same_stream_while_there_is_another(
+    workload_file: Path, tmp_path: Path
+) -> None:
+    plan = Plan.of(
+        Suite(
+            schema_version=1,
+            description="test",
+            blocks=(
+                Block(
+                    workloads=(str(workload_file),),
+                    loads=("0.8", "equal"),
+                    gathers=("serial", "overlap"),
+                    seeds=2,
+                    arms=("twin",),
+                ),
+            ),
+        )
+    )
+
+    class Pairs:
+        """Two workers that each take a job before either is done."""
+
+        def run(self, function: Any, jobs: Iterable[Any]) -> Iterator[Any]:
+            waiting = iter(jobs)
+            while pair := list(islice(waiting, 2)):
+                seen.append({job.scene.sweep for job in pair})
+                for job in pair:
+                    yield Done(job.scene, (), (), 0.0)
+
+    seen: list[set[Scene]] = []
+    run_suite(plan, Store(tmp_path), tmp_path, Pairs(), 600.0, lambda done: None)
+    assert [len(sweeps) for sweeps in seen] == [2, 2, 2, 2]
+
+
+def test_the_named_baselines_hold_one_split(data: SceneData) -> None:
+    alphas = {}
+    for name in ("kv-opt", "kv-emb-opt"):
+        result, ticks = evaluate(data, name, load_arm(name))
+        assert ticks is None
+        assert result["moves"] == 0
+        alphas[name] = result["alpha_mean"]
+    assert alphas["kv-opt"] == pytest.approx(data.spec.info.alpha_min, abs=0.01)
+    best = data.best["rows"].by_service.alpha
+    assert alphas["kv-emb-opt"] == pytest.approx(best, abs=1.0 / data.spec.info.extents)
+
+
+@pytest.mark.parametrize("name", [f"{routing}+static-0.50" for routing in ROUTINGS])
+def test_every_routing_serves_all_requests(scene: Scene, cache: Path, name: str) -> None:
+    fleet = scene._replace(nodes=2, requests=150)
+    result, ticks = evaluate(SceneData(fleet, cache), name, config_of(name))
+    assert ticks is None
+    assert result["pooled"]["requests"] == 300
+    assert result["pooled"]["refused"] == 0
+
+
+@pytest.mark.parametrize("arm", ["kv-emb-opt", "twin-adapter", "pid"])
+def test_what_needs_more_than_readings_is_refused_on_fleets(arm: str) -> None:
+    with pytest.raises(ArmError, match="on fleets run"):
+        config_of(f"cost_ms+{arm}")
 
 
 def test_first_seeds_of_everything_come_first() -> None:

@@ -41,7 +41,9 @@ def cells(
     return list(store.results(plan.cells.values()))
 
 
-def _document(cells: list[dict[str, Any]], folder: Path, **options: Any) -> str:
+def _document(
+    cells: list[dict[str, Any]], folder: Path, cache: Path | None = None, **options: Any
+) -> str:
     path = folder / "results.md"
     told: dict[str, Any] = {
         "suite": "smoke",
@@ -51,7 +53,7 @@ def _document(cells: list[dict[str, Any]], folder: Path, **options: Any) -> str:
         "left_out": {},
         "test": True,
     }
-    write_document(Results(cells), path, folder / "images", **{**told, **options})
+    write_document(Results(cells), path, folder / "images", cache or folder, **{**told, **options})
     return path.read_text(encoding="utf-8")
 
 
@@ -67,14 +69,37 @@ def test_every_arm_is_in_it_the_losing_ones_too(
     assert "nan ±" not in text
 
 
-def test_links_of_figures_lead_to_files(cells: list[dict[str, Any]], tmp_path: Path) -> None:
-    scene = Scene(**cells[0]["scene"])
+@pytest.fixture(scope="module")
+def whole(
+    cells: list[dict[str, Any]], cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """The document and its folder, of scenes that are shown in full: those at load 1."""
+    folder = tmp_path_factory.mktemp("document")
     moved = [{**each, "scene": {**each["scene"], "load": "1.0"}} for each in cells]
-    text = _document(moved, tmp_path)
+    return _document(moved, folder, cache), folder
+
+
+def test_links_of_figures_lead_to_files(whole: tuple[str, Path]) -> None:
+    text, folder = whole
     links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
-    assert links
-    assert all((tmp_path / link).stat().st_size > 1000 for link in links)
-    assert scene.load == "0.8"
+    # A page of the scene, α* of its regimes, nodes over hot users.
+    assert len(links) == 3
+    assert all((folder / link).stat().st_size > 1000 for link in links)
+
+
+def test_traffic_is_described_regime_by_regime(whole: tuple[str, Path]) -> None:
+    text = whole[0].split("## What traffic is like")[1]
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| /")][:2]
+    by_regime = {row[1]: row for row in rows}
+    assert set(by_regime) == {"rows", "users"}
+    revisits = {name: int(row[7].removesuffix(" %")) for name, row in by_regime.items()}
+    assert revisits["users"] > revisits["rows"] + 30
+
+
+def test_reasons_of_decisions_are_counted(whole: tuple[str, Path]) -> None:
+    text = whole[0].split("## Decisions")[1].split("## ")[0]
+    assert "α changed" in text
+    assert "twin-adapter-gate" in text
 
 
 def test_what_is_missing_or_no_test_is_said(cells: list[dict[str, Any]], tmp_path: Path) -> None:
