@@ -21,6 +21,8 @@ from hbm_pool.host.file_store import FileRowStore, create_file
 from hbm_pool.host.row_store import RamRowStore, RowStore
 
 _ROWS: Final = 4096
+_MANY_ROWS: Final = 1 << 18
+"""So many for the slots of the small pool that accesses are not counted row by row."""
 _WIDTHS: Final = {"narrow": 16, "wide": 64, "second": 16}
 """Two width classes, of which one holds two tables."""
 _PAGE: Final = 16
@@ -43,7 +45,7 @@ def compile_kernels() -> None:
                 {
                     "narrow": RamRowStore(np.zeros((_ROWS, _WIDTHS["narrow"]), np.float32)),
                     "wide": wide,
-                    "second": RamRowStore(np.zeros((_ROWS, _WIDTHS["second"]), np.float32)),
+                    "second": RamRowStore(np.zeros((_MANY_ROWS, _WIDTHS["second"]), np.float32)),
                 }
             )
         finally:
@@ -58,7 +60,10 @@ def _run(stores: Mapping[str, RowStore]) -> None:
     config = PoolConfig(
         pool_bytes=1 << 20,
         extent_bytes=8 << 10,
-        tables=tuple(TableSpec(name=name, rows=_ROWS, width=_WIDTHS[name]) for name in stores),
+        tables=tuple(
+            TableSpec(name=name, rows=store.rows, width=_WIDTHS[name])
+            for name, store in stores.items()
+        ),
         kv=KVSpec(layers=1, heads=1, head_dim=16, page_tokens=_PAGE, dtype="float32"),
         max_batch_users=1,
         max_sequence_tokens=4 * _PAGE,
@@ -79,8 +84,9 @@ def _run(stores: Mapping[str, RowStore]) -> None:
                 pool.begin_batch()
                 if not pool.moving:
                     break
+            for _ in _WIDTHS:  # after a growth there are slots to refill
+                pool.refiller.step()
             _gather(pool, _ROWS // 4)
-            pool.refiller.step()
         pool.emb.set_row_prices([1.0] * len(config.classes))
         pool.emb.rebalance(config.slice_budget_us)
         pool.emb.shard_rows(4)

@@ -3,8 +3,8 @@
 A catalogue of up to `DIRECT_ROWS_PER_SLOT` rows per slot of the cache has a byte per row. Of a
 larger one only some rows can be told apart: a set-associative table of (key, count), where a key
 hashes to one set of `WAYS` places, and where all are taken the smallest count is lowered and the
-place changes hands at zero (the step of Misra-Gries). Ageing rides on noting: each note pays for a
-part of halving all counts, so that the half-life is `HALF_LIFE` notes per place and no note is slow.
+place changes hands at zero (the step of Misra-Gries). Ageing rides on noting: each note pays for
+a part of halving all counts: the half-life is `HALF_LIFE` notes per place, and no note is slow.
 
 The places must be about as many as the cache has slots: the hottest rows are in the cache anyway,
 and what a growth of it can win are those of middling heat behind them.
