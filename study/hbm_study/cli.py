@@ -52,6 +52,9 @@ def evaluate(
         bool,
         typer.Option("--development", help="Run changed scenarios too, and say they are no test."),
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit 1 when a cell is missing or an arm left out.")
+    ] = False,
 ) -> None:
     """Runs a suite; writes tables, figures, JSON and Parquet from all finished cells."""
     if context.invoked_subcommand is not None:
@@ -75,7 +78,7 @@ def evaluate(
             if not development:
                 raise
             test = False
-        _run(
+        complete = _run(
             chosen,
             suite,
             plan,
@@ -89,6 +92,8 @@ def evaluate(
         )
     except (SuiteError, ArmError, WorkloadError, NotFrozen, OSError, ImportError) as error:
         _refuse(str(error))
+    if strict and not complete:
+        raise typer.Exit(1)
 
 
 def _run(
@@ -102,7 +107,8 @@ def _run(
     cache: Path | None,
     backend: str,
     test: bool,
-) -> None:
+) -> bool:
+    """-> every cell of the suite is finished."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -157,13 +163,18 @@ def _run(
         left_out=plan.left_out,
         test=test,
     )
-    typer.echo(f"{len(cells)} of {len(plan.cells)} cells finished; written: {path}")
+    minutes = sum(cell["seconds"] for cell in cells) / 60.0
+    typer.echo(
+        f"{len(cells)} of {len(plan.cells)} cells finished ({minutes:.1f} minutes of processor "
+        f"time); written: {path}"
+    )
     if missing:
         scenes = list(dict.fromkeys(cell.scene.label for cell in missing))
         typer.echo(
             f"{len(missing)} cells are missing, of {len(scenes)} scenes, the first: {scenes[0]}. "
             "The same command goes on."
         )
+    return not missing and not plan.left_out
 
 
 @app.command()

@@ -81,9 +81,10 @@ def run_job(job: Job) -> Done:
         elif time.time() >= job.stop_at:
             left.append(name)
         else:
-            begun = time.monotonic()
+            begun = time.process_time()
             result, track = evaluate(data, name, config_of(name))
-            result["seconds"] = round(time.monotonic() - begun, 3)
+            # Of the processor; the first arm of a scene pays for the sweep.
+            result["seconds"] = round(time.process_time() - begun, 3)
             store.save(key, result, track)
             finished.append(name)
     return Done(job.scene, tuple(finished), tuple(left), time.monotonic() - began)
