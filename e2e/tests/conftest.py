@@ -10,13 +10,15 @@ import pytest
 from hbm_e2e.checkout import Checkout
 from hbm_e2e.client import Client, NodeClient
 from hbm_e2e.cluster import AnyCluster, Cluster
-from hbm_e2e.images import Image, ImageStore
+from hbm_e2e.images import TARGETS, Image, ImageStore
 from hbm_e2e.installation import Models, in_order, install, remove_everything
 from hbm_e2e.requirements import require
 
 HERE = Path(__file__).parent
 FIRST_TEST_S = 1800
 GPUS_PER_NODE = 4
+OF_PROJECT = {"project_images", "built"}
+"""Fixtures that are about the images of `images/Dockerfile`."""
 BROKEN_OFF = pytest.StashKey[str]()
 """Of a file marked `story`: its first test that failed."""
 
@@ -40,7 +42,7 @@ def building(request: pytest.FixtureRequest) -> Iterator[Building | None]:
     store = ImageStore()
     with ThreadPoolExecutor(1) as pool:
         python = pool.submit(store.build_python)
-        project = pool.submit(lambda: store.build_project() if "project_images" in wanted else [])
+        project = pool.submit(lambda: store.build_project() if wanted & OF_PROJECT else [])
         yield Building(python, project)
         project.cancel()
 
@@ -58,6 +60,14 @@ def project_images(cluster: AnyCluster, building: Building | None, python_image:
     """The images of `images/Dockerfile` from this source tree, on every node of our own cluster."""
     if isinstance(cluster, Cluster) and building is not None:
         cluster.load(building.project.result())
+
+
+@pytest.fixture(scope="session")
+def built(building: Building | None) -> dict[str, Image]:
+    """The images of `images/Dockerfile` by target, as archives; no cluster is needed."""
+    if building is None:
+        pytest.skip("the images of somebody else's cluster were built elsewhere")
+    return dict(zip(TARGETS, building.project.result(), strict=True))
 
 
 @pytest.fixture(scope="session")
