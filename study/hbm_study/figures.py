@@ -121,10 +121,11 @@ def _bars(axes: Axes, results: Results, scene: Scene) -> None:
             axes.plot(ends, [place, place], color="black", lw=1)
         if mean > WORST:
             axes.text(103 * WORST, place, f"{100 * mean:+,.0f} %", va="center", fontsize=6)
-            axes.set_xlim(right=122 * WORST)
     axes.set_yticks(range(len(order)), order, fontsize=7)
     axes.axvline(0.0, color="black", lw=0.8)
-    axes.set(title="P99 against the best static α, %", xlabel="")
+    axes.set(title="P99 against the best static α, %")
+    if order and seen[order[0]].mean > WORST:
+        axes.set_xlim(right=122 * WORST)
 
 
 def _static_curve(axes: Axes, results: Results, scene: Scene) -> None:
