@@ -198,7 +198,14 @@ def _decisions(results: Results) -> str:
         "Share of decisions, in %, that changed the commanded α, and that gave each reason. How "
         "long a decision takes is in [results.md](results.md)."
     )
-    return f"## Decisions\n\n{said}\n\n{text}" if text else ""
+    if not text:
+        return ""
+    gate = tables.gate_table(results, _shown(results), "twin-adapter-gate")
+    heading = (
+        "The burst gate: the first opening after a change of regime has detected it, every other "
+        "one is a false alarm. A ramp changes its regime at each level."
+    )
+    return "\n\n".join(["## Decisions", said, text, heading, gate])
 
 
 def _faults(results: Results) -> str:

@@ -125,7 +125,7 @@ def summarise(data: SceneData, outcome: Outcome, track: Track) -> dict[str, Any]
         "regimes": regimes,
         "regret": pooled["service_ms"] * int(counted.sum()) / held_ms - 1.0 if held_ms else None,
         "hours": float(stream.arrival_s[-1] - stream.arrival_s[stream.warm_up]) / 3600.0,
-        "gate_openings": int((np.diff(opened[first:].astype(np.int8)) > 0).sum()),
+        "gate": gate_alarms(data, track.time_s[first:], opened[first:]),
         "decisions": len(reasons),
         "reasons": _reason_counts(reasons),
         "alpha_mean": _mean(track.alpha[first:]),
@@ -137,6 +137,29 @@ def summarise(data: SceneData, outcome: Outcome, track: Track) -> dict[str, Any]
         "latency_histogram": np.histogram(
             outcome.latency_ms[counted], bins=[0.0, *LATENCY_EDGES_MS, np.inf]
         )[0].tolist(),
+    }
+
+
+def gate_alarms(
+    data: SceneData, time_s: Floats, opened: npt.NDArray[np.bool_]
+) -> dict[str, float | int]:
+    """How the burst gate met the changes of regime. The first opening after a change and before the
+    next one has detected it; every other opening is a false alarm."""
+    stream = data.stream
+    alarms = time_s[1:][np.diff(opened.astype(np.int8)) > 0]
+    begins = np.flatnonzero(np.diff(stream.regime[stream.counted])) + 1 + stream.warm_up
+    changes = stream.arrival_s[begins]
+    delays = []
+    for change, following in zip(changes, [*changes[1:], math.inf], strict=True):
+        met = alarms[(alarms >= change) & (alarms < following)]
+        if len(met):
+            delays.append(float(met[0] - change))
+    return {
+        "openings": len(alarms),
+        "changes": len(changes),
+        "detected": len(delays),
+        "delay_s": sum(delays),
+        "false": len(alarms) - len(delays),
     }
 
 

@@ -325,6 +325,39 @@ def reasons_table(results: Results, scenes: Iterable[Scene], arms: Sequence[str]
     return table(("scene", "arm", "α changed", *said), rows)
 
 
+def gate_table(results: Results, scenes: Iterable[Scene], arm: str) -> str:
+    """Detections and false alarms of the burst gate, all seeds of a scene together."""
+    rows = []
+    for scene in scenes:
+        cells = [cell for cell in results.cells(scene, arm).values() if "gate" in cell]
+        if not cells:
+            continue
+        sums = {name: sum(cell["gate"][name] for cell in cells) for name in cells[0]["gate"]}
+        hours = sum(cell["hours"] for cell in cells)
+        delay = f"{sums['delay_s'] / sums['detected']:.1f}" if sums["detected"] else "–"
+        rows.append(
+            [
+                scene_name(scene),
+                str(sums["changes"]),
+                str(sums["detected"]),
+                delay,
+                str(sums["false"]),
+                f"{sums['false'] / hours:.1f}",
+                f"{hours:.2f}",
+            ]
+        )
+    head = (
+        "scene",
+        "changes of regime",
+        "detected",
+        "mean delay, s",
+        "false alarms",
+        "per hour",
+        "hours",
+    )
+    return table(head, rows)
+
+
 def characters_table(characters: Iterable[tuple[str, RegimeCharacter]]) -> str:
     """What traffic is like, regime by regime."""
     rows = []

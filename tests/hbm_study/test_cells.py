@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hbm_study.arms import ArmError, load_arm
 from hbm_study.backends import JoblibBackend, RayBackend
@@ -18,6 +19,7 @@ from hbm_study.results import BEST_STATIC, Results
 from hbm_study.run import Plan, run_suite
 from hbm_study.scene import SceneData
 from hbm_study.suite import Block, Suite, SuiteError, load_suite
+from hbm_study.summary import gate_alarms
 
 ARMS = ("static-0.20", "static-0.50", "static-0.80", "oracle-free", "twin")
 
@@ -250,3 +252,16 @@ def test_the_best_static_is_chosen_over_all_shared_seeds() -> None:
     seen = results.against(scene, "twin", BEST_STATIC)
     assert seen.seeds == 2
     assert seen.mean == pytest.approx((11.0 / 12.0 + 27.0 / 30.0) / 2.0 - 1.0)
+
+
+def test_the_first_alarm_after_a_change_detects_it_and_others_are_false(data: SceneData) -> None:
+    stream = data.stream
+    change_s = float(stream.arrival_s[stream.warm_up + 500])
+    time_s = np.array(
+        [change_s - 3.0, change_s - 2.0, change_s + 1.0, change_s + 2.0, change_s + 3.0]
+    )
+    early = gate_alarms(data, time_s, np.array([False, True, False, True, False]))
+    assert early["delay_s"] == pytest.approx(2.0)
+    assert (early["detected"], early["false"], early["changes"]) == (1, 1, 1)
+    never = gate_alarms(data, time_s, np.zeros(5, np.bool_))
+    assert never == {"openings": 0, "changes": 1, "detected": 0, "delay_s": 0, "false": 0}

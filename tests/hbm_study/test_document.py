@@ -100,6 +100,7 @@ def test_reasons_of_decisions_are_counted(whole: tuple[str, Path]) -> None:
     text = whole[0].split("## Decisions")[1].split("## ")[0]
     assert "α changed" in text
     assert "twin-adapter-gate" in text
+    assert "false alarms" in text
 
 
 def test_what_is_missing_or_no_test_is_said(cells: list[dict[str, Any]], tmp_path: Path) -> None:
