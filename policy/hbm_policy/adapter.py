@@ -112,15 +112,35 @@ class Rls:
 
     def _bind(self, low: Sequence[float], high: Sequence[float]) -> None:
         """Puts values that left their bounds on them, and moves the others to where they are most
-        likely then: cutting one alone would leave its error to those beside it."""
+        likely then: cutting one alone would leave its error to those beside it.
+
+        One after the other, each given those before: what has been put on its bound stays there.
+        With the unconditional covariance the second would move the first off its bound again.
+        """
         values, active = self.values, self._active
-        for at, i in enumerate(active):
-            bound = min(max(values[i], low[i]), high[i])
-            if bound != values[i]:
-                row = self.covariance[at]
-                step = (bound - values[i]) / row[at]
-                for j, p in zip(active, row, strict=True):
-                    values[j] += p * step
+        given = self.covariance
+        left = list(range(len(active)))
+        while left:
+            far = [
+                max(low[active[at]] - values[active[at]], values[active[at]] - high[active[at]])
+                / math.sqrt(given[at][at])
+                if given[at][at] > 0.0
+                else -math.inf
+                for at in left
+            ]
+            worst = max(far)
+            if not worst > 0.0:
+                break
+            at = left.pop(far.index(worst))
+            i = active[at]
+            row = given[at]
+            step = (min(max(values[i], low[i]), high[i]) - values[i]) / row[at]
+            for j in left:
+                values[active[j]] += row[j] * step
+            values[i] += row[at] * step
+            given = [
+                [p - one[at] * q / row[at] for p, q in zip(one, row, strict=True)] for one in given
+            ]
         for i in active:
             values[i] = min(max(values[i], low[i]), high[i])
 

@@ -240,6 +240,23 @@ def test_traffic_that_never_changes_neither_winds_up_nor_drifts() -> None:
     assert rls.values[0] - 1.0 == pytest.approx(2.0 * (rls.values[1] - 1.0), abs=0.1)
 
 
+def test_a_price_at_its_bound_does_not_drift_while_others_are_at_theirs() -> None:
+    """A gather that costs nothing but its misses, whose price is as low as it may be: three
+    constants at their bounds at once, and counts that go up and down together."""
+    random = np.random.default_rng(4)
+    rls = Rls([0.1, 1e-4, 1e-3], [0.0, 0.0, 1.0])
+    low, high = [0.0, 0.0, 0.25], [math.inf, math.inf, 4.0]
+    seen = []
+    for _ in range(2000):
+        looked_up = random.uniform(5e3, 4e4)
+        missed = looked_up * random.uniform(0.05, 0.2)
+        counts = [1.0, looked_up - missed, missed]
+        rls.learn(counts, 0.25e-3 * missed, 1.0, 0.9995, low, high)
+        seen.append(rls.values[2])
+    assert max(seen[100:]) < 0.26
+    assert rls.values[:2] == pytest.approx([0.0, 0.0], abs=1e-3)
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(
