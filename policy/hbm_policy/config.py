@@ -69,6 +69,10 @@ class ShieldConfig(MoveConfig):
     than either split. 0: no dwell."""
     dwell_double_change: Positive = 0.3
     """A move of this |Δα| doubles the dwell that follows it, twice of it triples it."""
+    drop_wait_slo: NonNegative = 0.5
+    """EMB drops what it gives up, instead of relocating it, while more waits at the server than can
+    be served in this share of the latency goal: it has no idle time to relocate in, and KV needs
+    the room. 0, or no goal: never."""
     refill_link_busy: Share = 0.9
     """Refill is paused when the link is busy for more than this share of the time; below it the
     budget shrinks with the idle share. 1: never paused. 0: only on an idle link."""

@@ -11,7 +11,7 @@ from typing import Final
 
 from hbm_pool.contracts.records import Mode
 
-from hbm_policy.anchor import Estimate, TwinAnchor
+from hbm_policy.anchor import Estimate, TwinAnchor, cost_at
 from hbm_policy.config import PolicyConfig
 from hbm_policy.gate import BurstGate, Phase
 from hbm_policy.layers import MAX_SLEW_SCALE, Gate, Residual, SteadyGate, correction_of
@@ -49,6 +49,7 @@ _GATE_RECOVERING: Final = int(Reason.GATE_RECOVERING)
 _RESIDUAL: Final = int(Reason.RESIDUAL)
 _RESIDUAL_WAITS: Final = int(Reason.RESIDUAL_WAITS)
 _RESIDUAL_INVALID: Final = int(Reason.RESIDUAL_INVALID)
+_DROPPING: Final = int(Reason.DROPPING)
 _REFILL_PAUSED: Final = int(Reason.REFILL_PAUSED)
 
 
@@ -140,6 +141,10 @@ class Policy:
         if refill == 0.0:
             reasons |= _REFILL_PAUSED
         reasons |= steered.reasons
+        if reading.traffic.queue_depth and estimate.curve_cost_ms:
+            now_ms = cost_at(estimate.curve_alpha, estimate.curve_cost_ms, reading.alpha)
+            if shield.drops(reading, steered.target, now_ms):
+                reasons |= _DROPPING
         waits = state.waits + 1 if reasons & _RESIDUAL_WAITS else 0
         return _command(
             reading,
@@ -323,7 +328,8 @@ def _command(
         alpha = low if alpha < low else high
     generation = state.generation
     apply = state.mode != _RECOMMEND
-    if apply and (alpha != state.command_alpha or refill != state.command_refill):
+    drop_only = reasons & _DROPPING != 0
+    if apply and (alpha != state.command_alpha or refill != state.command_refill or drop_only):
         generation = max(generation, reading.command_generation) + 1
     remembered = _new(
         PolicyState,
@@ -355,7 +361,7 @@ def _command(
             alpha,
             refill,
             generation,
-            False,
+            drop_only,
             reasons,
             remembered.tick,
             state.mode,

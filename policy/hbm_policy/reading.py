@@ -69,6 +69,7 @@ class Reason(IntFlag):
     RESIDUAL_WAITS = 1 << 32, "the learned correction puts the move off"
     RESIDUAL_INVALID = 1 << 33, "the learned correction is no number and is left out"
     GATE_BARRED = 1 << 34, "a move back has to wait until what moved is refilled"
+    DROPPING = 1 << 35, "too much waits: EMB drops what it gives up instead of relocating it"
 
 
 HOLDS: Final = int(

@@ -237,6 +237,19 @@ class Shield:
             return _DWELL
         return _WAITS if wish.wait else _STARTED
 
+    def drops(self, reading: Reading, target: float, cost_ms: float) -> bool:
+        """Whether EMB drops what it holds beyond the target. `cost_ms`: of a request at the α of
+        now, NaN when unknown.
+
+        Relocating waits for idle time. A server that is behind has none, so the move that would
+        help it would take minutes; what is dropped is fetched again row by row.
+        """
+        limit_ms = self.config.drop_wait_slo * reading.slo_ms
+        return (
+            0.0 < limit_ms < reading.traffic.queue_depth * cost_ms
+            and target < reading.alpha - 1.0 / reading.extents
+        )
+
     def refill_bytes_per_s(self, reading: Reading, target: float) -> float:
         """Budget of the background copy: the idle share of the link, in sixteenths of the budget.
 

@@ -33,6 +33,7 @@ _SHIELD: Final = int(
     | Reason.SERVER_LIMITED
     | Reason.GATE_BARRED
     | Reason.RESIDUAL_WAITS
+    | Reason.DROPPING
 )
 _ANCHOR: Final = int(
     Reason.CURVES_MISSING

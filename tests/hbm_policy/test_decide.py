@@ -15,6 +15,7 @@ from hbm_policy import (
     Reason,
     ResidualConfig,
     ShieldConfig,
+    Traffic,
     decide,
     is_hold,
 )
@@ -50,6 +51,49 @@ def test_a_command_keeps_its_generation_while_it_says_the_same(adopted, follow) 
         said = (left.target, left.refill_bytes_per_s)
         same = said == (right.target, right.refill_bytes_per_s)
         assert right.generation == left.generation + (0 if same else 1)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "slo_ms", "best", "drops"),
+    [
+        (10, 80.0, 0.2, True),
+        (4, 80.0, 0.2, False),  # 5 ms each: less than half of the goal
+        (10, 0.0, 0.2, False),  # nobody has said what is too long
+        (10, 80.0, 0.8, False),  # KV gives, and has nothing to relocate
+    ],
+)
+def test_emb_drops_what_it_gives_up_while_too_much_waits(
+    adopted, reading, valley, waiting, slo_ms, best, drops
+) -> None:
+    state, said = adopted, []
+    for tick in range(2, 8):
+        decision = decide(
+            reading(
+                tick,
+                emb_accesses=10**6 * tick,
+                traffic=Traffic(queue_depth=waiting),
+                slo_ms=slo_ms,
+                curve=valley(best),
+            ),
+            state,
+        )
+        state = decision.state
+        said.append((decision.drop_only, bool(decision.reasons & Reason.DROPPING)))
+    assert said[-1] == (drops, drops)
+    assert drops or set(said) == {(False, False)}
+
+
+def test_a_server_that_is_behind_hears_of_the_drop_though_the_target_stays(
+    adopted, reading, valley
+) -> None:
+    """The target was reached by the ramp before; the pool is still relocating towards it."""
+    curve = valley(0.5)
+    calm = decide(reading(2, alpha=0.6, curve=curve), adopted)
+    late = reading(3, alpha=0.6, curve=curve, traffic=Traffic(queue_depth=20), slo_ms=80.0)
+    hurried = decide(late, calm.state)
+    assert hurried.target == calm.target
+    assert (calm.drop_only, hurried.drop_only) == (False, True)
+    assert hurried.generation > calm.generation
 
 
 def test_generations_go_on_after_those_the_server_has_seen(reading) -> None:
