@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from hbm_policy.twin_users import FREE_SLOTS, allocate_users
 from hbm_pool.contracts.records import MAX_CLASSES, TELEMETRY, CostModel
-from hbm_pool.host import replacement
-from hbm_pool.host.recent_counts import HALF_LIFE, MAX_PLACES
+from hbm_pool.host import recent_counts, replacement
 
 from hbm_sim import engine_moves as at
 from hbm_sim.engine_kernel import Outcome, Requests, serve
@@ -21,8 +21,8 @@ from hbm_sim.stream import Stream
 
 LATENCY_WINDOW: Final = 1024
 """Requests behind the percentiles that telemetry states."""
-LEAST_HEAT: Final = 2.0
-"""Rows asked for less often of late are not worth a copy of the refiller."""
+LIST_REQUESTS: Final = 64
+"""Requests between two looks for rows to refill, once all of the last look are resident."""
 NOW: Final = math.inf
 _FIELDS: Final = TELEMETRY.names or ()
 
@@ -127,6 +127,9 @@ class EngineNode:
             copies=np.empty((3, slice_units + 1), np.int64),
             released=np.empty(units + 1, np.int32),
         )
+        # The order of ids says nothing about their heat; here it would.
+        self._order = np.random.default_rng(0).permutation(rows)
+        self._listed = -LIST_REQUESTS
         whole = self._arrays.whole
         whole[at.TARGET] = whole[at.EXTENTS] = extents
         whole[at.UNITS] = held
@@ -189,12 +192,14 @@ class EngineNode:
                 "0..1, the rate 0 or more"
             )
         whole, real = self._arrays.whole, self._arrays.real
-        self.generation = self.generation + 1 if generation is None else generation
         target = self._extents(alpha)
         if target != whole[at.TARGET]:
             whole[at.TARGET] = target
             whole[at.MOVING] = 1
             whole[at.DROP_ONLY] = drop_only
+        elif whole[at.MOVING] and generation != self.generation:
+            whole[at.DROP_ONLY] = drop_only
+        self.generation = self.generation + 1 if generation is None else generation
         real[at.REFILL_RATE] = refill_bytes_per_s / 1e3
         if refill_bytes_per_s > 0.0:
             self._choose_refill()
@@ -211,19 +216,34 @@ class EngineNode:
         self.boot_epoch += 1
 
     def _choose_refill(self) -> None:
-        """The hottest rows of late, hottest first; absent ones are told apart when copied."""
-        arrays = self._arrays
-        places = min(MAX_PLACES, 2 * self.spec.info.extents * self._rows_per_extent) * self.rate
-        if arrays.whole[at.NOTED] > HALF_LIFE * places:
-            arrays.heat[:] *= 0.5
-            arrays.whole[at.NOTED] = 0
-        left = arrays.whole[at.REFILL_AT] < len(arrays.hottest)
-        if left and self.rows == "tz" and replacement.free_slots(arrays.tz) == 0:
+        """Rows worth a copy, as the pool's sweep over its counts gives them; absent ones are told
+        apart when copied."""
+        arrays, whole = self._arrays, self._arrays.whole
+        slots = self.spec.info.extents * self._rows_per_extent
+        rows = self.spec.info.classes[0].catalogue_rows
+        direct = rows <= recent_counts.DIRECT_ROWS_PER_SLOT * slots
+        places = rows if direct else min(recent_counts.MAX_PLACES, 2 * slots)
+        if whole[at.NOTED] > recent_counts.HALF_LIFE * places * self.rate:
+            np.floor(arrays.heat * 0.5, out=arrays.heat)
+            whole[at.NOTED] = 0
+        if at.unused_rows(arrays) == 0:
+            whole[at.REFILL_AT] = len(arrays.hottest)
             return
-        warm = np.flatnonzero(arrays.heat >= LEAST_HEAT)
-        order = warm[np.argsort(-arrays.heat[warm], kind="stable")][: max(1, int(places))]
-        self._arrays = arrays._replace(hottest=order.astype(np.int32))
-        self._arrays.whole[at.REFILL_AT] = 0
+        served = int(whole[at.REQUESTS])
+        if whole[at.REFILL_AT] < len(arrays.hottest) or served < self._listed + LIST_REQUESTS:
+            return
+        self._listed = served
+        order = self._order
+        if not direct:
+            warm = np.flatnonzero(arrays.heat >= recent_counts.LEVELS[-1])
+            hottest = np.argsort(-arrays.heat[warm], kind="stable")
+            order = np.sort(warm[hottest[: max(1, int(places * self.rate))]])
+        heat = arrays.heat[order]
+        above = [heat >= level for level in recent_counts.LEVELS]
+        turns = [above[0], *(new & ~old for old, new in pairwise(above))]
+        chosen = np.concatenate([order[turn] for turn in turns])
+        self._arrays = arrays._replace(hottest=chosen.astype(np.int32))
+        whole[at.REFILL_AT] = 0
 
     @property
     def _rows_per_extent(self) -> int:

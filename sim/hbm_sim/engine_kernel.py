@@ -260,8 +260,13 @@ def serve(
             at += 1
             continue
         link_free = real[GATHER_FREE]
+        moving = whole[MOVING] == 1
         refilled = _idle(node, start - free, start - link_free, start - link_free)
         begun = start
+        if moving and start > free:
+            # It came while the slice of an idle server was under way.
+            real[SLICED] += fixed[SLICE_MS] * uniform(i, 3)
+            begun += fixed[SLICE_MS] * uniform(i, 3)
         if whole[MOVING] == 1:
             slice_of_move(node)
             real[SLICED] += fixed[SLICE_MS]

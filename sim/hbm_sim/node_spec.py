@@ -25,14 +25,15 @@ class NodeSpec:
     """A computed history token attends to the tokens up to itself, or to the whole history."""
     declared: CostConstants | None = None
     """What the server's telemetry says the costs are; None: what fits them best."""
-    slice_ms: float = 0.2
-    """Work of one slice of a planned move on the serving thread: the most that is allowed there
-    (`PoolConfig.slice_budget_us` is 60 µs by default)."""
-    slice_rows: int = 2667
-    """Row slots that one slice of a planned shrink looks at: at 75 ns each (measured 70 to 83 ns
-    of host time per row given up)."""
-    idle_slice_ms: float = 10.0
-    """An idle server does one slice each so often."""
+    slice_ms: float = 0.08
+    """One slice of a planned move on the serving thread: 81 µs at the median with the pool's
+    default `slice_budget_us` of 60 (`hbm bench pool`)."""
+    slice_rows: int = 800
+    """Row slots that one slice of a planned shrink looks at: 60 µs at 75 ns each (measured 70 to
+    83 ns of host time per row given up)."""
+    idle_slice_ms: float = 0.1
+    """An idle server does slices one after the other and looks for requests in between: time from
+    one to the next."""
     growth_extents: int = 512
     """Extents that EMB wins at most at one batch boundary."""
     refill_copy_bytes: int = 1 << 18

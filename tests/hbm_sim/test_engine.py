@@ -245,6 +245,28 @@ def test_a_planned_shrink_is_at_its_new_steady_state_at_once_and_a_drop_is_not()
         )
 
 
+def test_an_idle_server_moves_on_and_a_busy_one_does_a_slice_per_batch() -> None:
+    stream, spec = _steady()
+    spec = dataclasses.replace(spec, queue_limit=len(stream))
+    nodes = {}
+    for rate in (1.0, 1e6):
+        hurried = dataclasses.replace(stream, arrival_s=stream.arrival_s / rate)
+        node = EngineNode(spec, 0.8, 1.0)
+        node.serve(hurried, 0, 6000)
+        node.command(0.4)
+        node.serve(hurried, 6000, 6010)
+        nodes[rate] = node
+    assert not nodes[1.0].moving
+    assert nodes[1.0].alpha == pytest.approx(0.4, abs=0.01)
+    assert nodes[1e6].moving
+    assert nodes[1e6].alpha > 0.7
+    # A server that is told to hurry hands over what is left, target or no new target.
+    nodes[1e6].command(0.4, drop_only=True)
+    nodes[1e6].serve(hurried, 6010, 6011)
+    assert not nodes[1e6].moving
+    assert nodes[1e6].check_integrity() == []
+
+
 def test_kv_that_shrinks_loses_its_coldest_users_and_keeps_the_hottest() -> None:
     stream, spec = _steady()
     node = EngineNode(spec, 0.2, 1.0)
@@ -278,6 +300,25 @@ def test_refill_brings_hot_rows_back_within_its_budget() -> None:
         assert (node.refill_bytes > 0.0) == (rate > 0.0)
         assert node.check_integrity() == []
     assert missed[2.0e5] < missed[0.0] - 0.01
+
+
+def test_refill_fills_what_was_won_with_all_that_was_asked_for() -> None:
+    """The hottest rows are never lost: what a growth wins are the others."""
+    stream, spec = _steady()
+    missed = {}
+    for rate in (0.0, 1e9):
+        node = EngineNode(spec, 0.1, 1.0)
+        node.serve(stream, 0, 1)
+        node.command(0.1, refill_bytes_per_s=rate)
+        node.serve(stream, 1, 6000)
+        node.command(0.8, refill_bytes_per_s=rate)
+        for position in range(6000, 6400, 100):
+            node.serve(stream, position, position + 100)
+            node.command(0.8, refill_bytes_per_s=rate)
+        node.serve(stream, 6400, 7000)
+        missed[rate] = _miss_ratio(node, 6400, 7000)
+        assert node.check_integrity() == []
+    assert missed[1e9] < 0.5 * missed[0.0]
 
 
 def test_too_many_waiting_are_refused() -> None:
