@@ -48,11 +48,6 @@ if TYPE_CHECKING:
 
 HIT_SAMPLE: Final = 8
 """One gather in so many notes all it asked for, with this weight, for the refiller's counts."""
-CANDIDATE_ROWS: Final = 4096
-"""Rows the refiller asks about at a time."""
-SWEEP_STEP: Final = 1 << 15
-SWEEP_PLACES: Final = 1 << 19
-"""Counts it looks at, at a time and before it rests."""
 SLICE_SLOTS: Final = 256
 """Slots a planned move looks at between two looks at the clock."""
 
@@ -248,8 +243,8 @@ class EmbeddingCache:
 
     def refill_candidates(self, limit: int) -> list[tuple[int, Keys]]:
         """Per class with unused slots: rows that are not in the cache, the hottest of them first,
-        at most `limit` and no more than there are slots. Looks at `SWEEP_PLACES` counts and goes
-        on from there at the next call: none found does not mean that there are none."""
+        at most `limit` and no more than there are slots. Each call looks at a part of the
+        catalogue: none found does not mean that there are none."""
         found = []
         for kind in self.classes:
             with self._lock:
@@ -257,16 +252,9 @@ class EmbeddingCache:
             if room == 0:
                 kind.counts.restart()
                 continue
-            missing: list[Keys] = []
-            chosen, places = 0, min(SWEEP_PLACES, kind.counts.cycle)
-            while chosen < room and places > 0:
-                keys, looked = kind.counts.sweep(CANDIDATE_ROWS, min(SWEEP_STEP, places))
-                keys = keys[~kind.index.contains(keys)]
-                missing.append(keys)
-                chosen += keys.size
-                places -= looked
-            if chosen:
-                found.append((kind.number, np.concatenate(missing)[:room]))
+            keys = kind.absent(room)
+            if keys.size:
+                found.append((kind.number, keys))
         return found
 
     def refill(self, number: int, keys: Keys) -> int | None:

@@ -29,6 +29,12 @@ never hit twice live in probation, a tenth."""
 ROW_PRICE_BYTES: Final = 512
 """A missed row costs its bytes and, as a request of its own, as much as this many more."""
 
+CANDIDATE_ROWS: Final = 4096
+"""Rows the refiller asks about at a time."""
+SWEEP_STEP: Final = 1 << 15
+SWEEP_PLACES: Final = 1 << 19
+"""Counts it looks at, at a time and before it rests."""
+
 
 class Table:
     """One embedding table inside its class: keys `first_key .. first_key + rows - 1`."""
@@ -117,6 +123,22 @@ class EmbClass:
             least=MIN_CLASS_EXTENTS,
             table_bytes=self._table_bytes,
         )
+
+    def absent(self, limit: int) -> Keys:
+        """Rows that are not in the cache, hottest first, at most `limit`, for the refiller.
+
+        Looks at `SWEEP_PLACES` counts and goes on from there at the next call. Not guarded by the
+        cache's lock: what is in the cache may have changed when a row is copied.
+        """
+        found: list[Keys] = []
+        chosen, places = 0, min(SWEEP_PLACES, self.counts.cycle)
+        while chosen < limit and places > 0:
+            keys, looked = self.counts.sweep(CANDIDATE_ROWS, min(SWEEP_STEP, places))
+            keys = keys[~self.index.contains(keys)]
+            found.append(keys)
+            chosen += keys.size
+            places -= looked
+        return np.concatenate(found)[:limit]
 
     def staging(self, count: int) -> torch.Tensor:
         """A host buffer for `count` rows, page-locked where a GPU reads it."""

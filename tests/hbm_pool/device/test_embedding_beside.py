@@ -176,7 +176,7 @@ def test_many_threads(index: str) -> None:
 
     def refill() -> None:
         while not stop.is_set():
-            for number, keys in world.cache.refill_candidates(50, least=1):
+            for number, keys in world.cache.refill_candidates(50):
                 world.cache.refill(number, keys)
 
     gathers = [guarded(lambda seed=seed: gather(seed)) for seed in range(3)]

@@ -83,7 +83,7 @@ class Interleavings(RuleBasedStateMachine):
     @rule()
     def refill(self) -> None:
         evicted = self.world.cache.counters().evictions
-        for number, keys in self.world.cache.refill_candidates(40, least=1):
+        for number, keys in self.world.cache.refill_candidates(40):
             self.world.cache.refill(number, keys)
         assert self.world.cache.counters().evictions == evicted
 
