@@ -150,7 +150,8 @@ def gate_alarms(
     begins = np.flatnonzero(np.diff(stream.regime[stream.counted])) + 1 + stream.warm_up
     changes = stream.arrival_s[begins]
     delays = []
-    for change, following in zip(changes, [*changes[1:], math.inf], strict=True):
+    ends = np.append(changes, math.inf)[1:]
+    for change, following in zip(changes, ends, strict=True):
         met = alarms[(alarms >= change) & (alarms < following)]
         if len(met):
             delays.append(float(met[0] - change))

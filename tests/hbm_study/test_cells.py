@@ -265,3 +265,9 @@ def test_the_first_alarm_after_a_change_detects_it_and_others_are_false(data: Sc
     assert (early["detected"], early["false"], early["changes"]) == (1, 1, 1)
     never = gate_alarms(data, time_s, np.zeros(5, np.bool_))
     assert never == {"openings": 0, "changes": 1, "detected": 0, "delay_s": 0, "false": 0}
+
+
+def test_where_traffic_never_changes_every_alarm_is_false(scene: Scene, cache: Path) -> None:
+    steady = SceneData(scene._replace(requests=300), cache)
+    seen = gate_alarms(steady, np.arange(4.0), np.array([False, True, False, True]))
+    assert (seen["changes"], seen["detected"], seen["false"]) == (0, 0, 2)

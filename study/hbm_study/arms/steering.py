@@ -45,6 +45,7 @@ class Steering:
                 goal=here,
                 move_ns=reading.now_ns,
                 move_accesses=reading.emb_accesses,
+                move_requests=reading.requests,
                 emb_accesses=reading.emb_accesses,
             )
         wish = None
@@ -60,6 +61,7 @@ class Steering:
             move_size=steered.move_size,
             move_ns=steered.move_ns,
             move_accesses=steered.move_accesses,
+            move_requests=steered.move_requests,
             emb_accesses=reading.emb_accesses,
         )
         alpha = round(steered.target * reading.extents) / reading.extents
