@@ -72,11 +72,13 @@ class Reactions:
             return  # its status, written by ourselves
         if after is not None:
             self._queue.add(Key(Kind.POLICY, metadata.namespace, metadata.name))
-        for name in self._store.pods.within(metadata.namespace):
-            self._queue.add(Key(Kind.PARTITION, metadata.namespace, name))
-        # Others may have won or lost pods.
-        for name in self._store.policies.within(metadata.namespace):
-            self._queue.add(Key(Kind.POLICY, metadata.namespace, name), 1.0)
+        for name, pod in self._store.pods.within(metadata.namespace).items():
+            if any(version is not None and matches(version, pod) for version in (before, after)):
+                self._queue.add(Key(Kind.PARTITION, metadata.namespace, name))
+        if _claim(before) != _claim(after):
+            # Others may have won or lost pods.
+            for name in self._store.policies.within(metadata.namespace):
+                self._queue.add(Key(Kind.POLICY, metadata.namespace, name), 1.0)
 
     def _uninjected(self, before: Pod | None, after: Pod | None) -> None:
         pod = after or before
@@ -124,6 +126,14 @@ def _what_matters(partition: Partition | None) -> Hashable:
         status.sidecar.protocol if status.sidecar else None,
         status.last_report_time if silent else None,
     )
+
+
+def _claim(policy: HBMPolicy | None) -> object:
+    """Which pods it is meant for, and against which others."""
+    if policy is None or policy.metadata.deletion_timestamp is not None:
+        return None
+    spec = policy.spec
+    return policy.metadata.uid, spec.selector, spec.container, spec.priority
 
 
 def _wish(policy: HBMPolicy) -> Hashable:

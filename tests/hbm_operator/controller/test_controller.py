@@ -123,6 +123,83 @@ async def test_of_two_policies_the_higher_priority_governs_and_all_say_so(
     assert low["selected"] == 0
 
 
+def selecting(app: str) -> dict[str, Any]:
+    return {"matchLabels": {"app": app}}
+
+
+async def test_a_policy_takes_and_leaves_pods_as_its_selector_says(
+    tenant: Tenant, controller: Start
+) -> None:
+    """And nobody looks at pods that an edit is not about."""
+    process = controller()
+    await tenant.policy("taken", selector=selecting("taken"))
+    await tenant.policy("others", selector=selecting("others"))
+    await tenant.pod("taken-0", app="taken")
+    others = [f"others-{number}" for number in range(20)]
+    for name in others:
+        await tenant.pod(name, app="others")
+    for name in ("taken-0", *others):
+        await tenant.until(name, lambda p: p["spec"]["mode"] == "Auto", "a governed partition")
+        await tenant.acknowledge(name)
+        await tenant.until(name, lambda p: current(p, "Ready")[0] == "True", "Ready")
+    await tenant.until_policy("others", lambda s: s["applied"] == 20, "the counts")
+    before = process.metric("hbm_operator_reconcile_total", kind="partition")
+
+    await tenant.policy("taken", selector=selecting("taken"), mode="Recommend")
+    await tenant.until("taken-0", lambda p: p["spec"]["mode"] == "Recommend", "the edit")
+    await tenant.acknowledge("taken-0")
+    await tenant.until("taken-0", lambda p: current(p, "Ready")[0] == "True", "Ready again")
+    looked = process.metric("hbm_operator_reconcile_total", kind="partition") - before
+    assert looked < len(others)
+
+    await tenant.policy("taken", selector=selecting("nobody"), mode="Recommend")
+    await tenant.until("taken-0", lambda p: p["spec"]["mode"] == "Hold", "it to be let go")
+    await tenant.until_policy("taken", lambda s: s["selected"] == 0, "the count to fall")
+    labelled = {"matchExpressions": [{"key": "app", "operator": "Exists"}]}
+    await tenant.policy("others", selector=labelled, mode="Recommend")
+    await tenant.until("taken-0", lambda p: p["spec"]["mode"] == "Recommend", "the other policy")
+    await tenant.until_policy("others", lambda s: s["selected"] == 21, "the count to grow")
+
+
+async def test_what_is_said_is_said_once_and_the_log_is_json(
+    tenant: Tenant, controller: Start
+) -> None:
+    """Also by a controller that was killed meanwhile."""
+    process = controller("--log-level", "info")
+    await tenant.policy()
+    await tenant.pod("ranker-0")
+    await tenant.until("ranker-0", lambda p: True, "a partition")
+
+    async def refuse() -> None:
+        await tenant.acknowledge("ranker-0")
+        await tenant.until("ranker-0", lambda p: current(p, "Ready")[0] == "True", "Ready")
+        await tenant.acknowledge("ranker-0", "False", "SpecRefused", "two batches do not fit")
+        await tenant.until("ranker-0", lambda p: current(p, "Ready")[0] == "False", "the refusal")
+
+    async def refusals() -> int:
+        events = (await tenant.kube.list(EVENTS, tenant.namespace)).items
+        return sum(event["reason"] == "SpecRefused" for event in events)
+
+    await refuse()
+
+    async def told() -> bool:
+        return await refusals() == 1
+
+    await eventually(told, "the event")
+    for _ in range(2):
+        await refuse()
+        await eventually(
+            lambda: process.metric("hbm_operator_events_total", result="repeated") > 0,
+            "the repetition to be noticed",
+        )
+        process.kill()
+        process.start()
+    assert await refusals() == 1
+    lines = [json.loads(line) for line in process.log.read_text().splitlines()]
+    assert all({"event", "level", "timestamp"} <= line.keys() for line in lines)
+    assert "controller works" in {line["event"] for line in lines}
+
+
 async def test_a_pod_that_comes_back_under_the_same_name_gets_a_partition_of_its_own(
     tenant: Tenant, controller: Start
 ) -> None:
@@ -251,7 +328,9 @@ async def test_a_restart_writes_nothing(
     await tenant.policy()
     for number in range(5):
         await tenant.pod(f"ranker-{number}")
-        await tenant.until(f"ranker-{number}", lambda p: True, "a partition")
+        await tenant.until(
+            f"ranker-{number}", lambda p: p["spec"].get("policyRef"), "a governed partition"
+        )
         await tenant.acknowledge(f"ranker-{number}")
     for number in range(5):
         await tenant.until(f"ranker-{number}", lambda p: current(p, "Ready")[0] == "True", "Ready")
