@@ -150,6 +150,12 @@ def run_operator(
     partitions: Annotated[
         int, typer.Option(min=600, help="Pods in the full run, each with its sidecar.")
     ] = 5000,
+    changes_per_s: Annotated[
+        float, typer.Option(min=1, help="Rate of the single changes; the goal's is 100.")
+    ] = 100.0,
+    report_s: Annotated[
+        float, typer.Option(min=1, help="Time between two reports of a sidecar, s.")
+    ] = 30.0,
     as_json: Json = False,
     out: Annotated[Path | None, typer.Option(help="JSON file to write as well.")] = None,
 ) -> None:
@@ -164,7 +170,12 @@ def run_operator(
             err=True,
         )
         raise typer.Exit(2)
-    result = _run("operator", quick, seed, partitions=partitions)
+    result = _run(
+        *("operator", quick, seed),
+        partitions=partitions,
+        changes_per_s=changes_per_s,
+        report_s=report_s,
+    )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")

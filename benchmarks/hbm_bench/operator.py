@@ -34,11 +34,14 @@ from hbm_bench.operator_cluster import (
     Child,
     Seen,
     bound_tokens,
+    cpu_s,
     give_rights,
     make_pods,
 )
 
 CHANGES_PER_S: Final = 100.0
+REPORT_S: Final = 30.0
+"""As sidecars do whose values change all the time."""
 
 
 class Size(NamedTuple):
@@ -51,7 +54,7 @@ class Size(NamedTuple):
     fifty: int
     """Pods of a small fleet under one policy."""
     changes: int
-    """Single changes at `CHANGES_PER_S`."""
+    """Single changes, a policy each."""
     steady_s: float
     """How long nothing happens but reports."""
     admissions_s: float
@@ -64,25 +67,43 @@ QUICK: Final = Size(10, 5, 5, changes=40, steady_s=3.0, admissions_s=1.0, quiet_
 FULL: Final = Size(2000, 200, 50, changes=2000, steady_s=60.0, admissions_s=20.0, quiet_s=4.0)
 
 
+class Pace(NamedTuple):
+    """How fast things happen by themselves."""
+
+    changes_per_s: float
+    report_s: float
+
+
 def thresholds() -> dict[str, float]:
     """Figure -> the most that it may be."""
     text = (resources.files("hbm_bench") / "operator_thresholds.json").read_text()
     return {str(key): float(value) for key, value in json.loads(text).items()}
 
 
-def run(*, quick: bool, seed: int, partitions: int = 5000) -> dict[str, Any]:
+def run(
+    *,
+    quick: bool,
+    seed: int,
+    partitions: int = 5000,
+    changes_per_s: float = CHANGES_PER_S,
+    report_s: float = REPORT_S,
+) -> dict[str, Any]:
     """All figures, and which goals they meet.
 
     Args:
         quick: tens of pods; a smoke run.
         seed: of jitters and of the order of changes.
         partitions: pods in all, in the full run.
+        changes_per_s: rate of the single changes; the goal's is the default.
+        report_s: time between two reports of a sidecar; quick runs report more often.
     """
     size = QUICK if quick else FULL._replace(cold=min(2000, partitions - 300))
     total = 30 if quick else partitions
     with tempfile.TemporaryDirectory(prefix="hbm-bench-operator-") as folder:
         with ApiServer(Path(folder) / "k8s", controllers=False) as server:
-            figures = asyncio.run(_Bench(server, Path(folder), size, total, seed).run())
+            pace = Pace(changes_per_s, 2.0 if quick else report_s)
+            bench = _Bench(server, Path(folder), size, total, pace, seed)
+            figures = asyncio.run(bench.run())
         figures["webhook"] = operator_webhook.measure(Path(folder), size.admissions_s)
     figures["goals"] = {
         name: {"most": most, "found": found, "met": found <= most}
@@ -100,11 +121,20 @@ def _pick(figures: dict[str, Any], path: str) -> float | None:
 
 
 class _Bench:
-    def __init__(self, server: ApiServer, folder: Path, size: Size, total: int, seed: int) -> None:
+    def __init__(
+        self,
+        server: ApiServer,
+        folder: Path,
+        size: Size,
+        total: int,
+        pace: Pace,
+        seed: int,
+    ) -> None:
         self._server = server
         self._folder = folder
         self._size = size
         self._total = total
+        self._pace = pace
         self._chance = random.Random(seed)
         self._seed = seed
         self._seen = Seen()
@@ -128,7 +158,7 @@ class _Bench:
     async def _figures(self, kube: KubeClient) -> dict[str, Any]:
         size, many = self._size, self._fleets["many"]
         cold = min(size.cold, many)
-        figures: dict[str, Any] = {"partitions": self._total}
+        figures: dict[str, Any] = {"partitions": self._total, "report_s": self._pace.report_s}
         await make_pods(kube, "many", 0, cold)
         figures["cold_start"] = await self._cold_start(cold)
         await self._connect(kube, "many", range(cold), "cold")
@@ -192,11 +222,10 @@ class _Bench:
         """Sidecars of these pods, each with its own bound token; returns once all are there."""
         wanted = [f"{fleet}-{number}" for number in numbers]
         tokens = await bound_tokens(kube, fleet, wanted)
-        report_s = 30.0 if self._total > 100 else 2.0
         process = Child(
             [
                 *(sys.executable, "-m", "hbm_bench.operator_sidecars", self._server.url),
-                *(str(self._server.ca_certificate), str(report_s), str(self._seed)),
+                *(str(self._server.ca_certificate), str(self._pace.report_s), str(self._seed)),
             ],
             self._folder / f"sidecars-{label}.log",
         )
@@ -270,7 +299,7 @@ class _Bench:
         return int(answer["metadata"]["generation"])
 
     async def _single_changes(self, kube: KubeClient) -> dict[str, Any]:
-        """A policy per pod, one changed every 10 ms: from sending it to `Applied`."""
+        """A policy per pod, one changed at a time: from when it was due to `Applied`."""
         pods = self._fleets["each"]
         for number in range(pods):
             await self._send(kube, "each", f"each-{number}", 0.2)
@@ -288,7 +317,9 @@ class _Bench:
         begin = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
             for turn in range(self._size.changes):
-                tasks.create_task(change(turn % pods, turn, begin + turn / CHANGES_PER_S))
+                tasks.create_task(
+                    change(turn % pods, turn, begin + turn / self._pace.changes_per_s)
+                )
         spread_s = time.monotonic() - begin
         latest: dict[tuple[str, str], int] = {}
         for namespace, name, generation in sent:
@@ -303,6 +334,7 @@ class _Bench:
         waits = [self._seen.when[key] - at for key, at in sent.items() if key in self._seen.when]
         return {
             "changes": len(sent),
+            "per_second": self._pace.changes_per_s,
             "seen": len(waits),
             "sent_per_second": len(sent) / spread_s,
             "applied_p50_s": float(np.percentile(waits, 50)),
@@ -319,6 +351,8 @@ class _Bench:
         return {
             "seconds": self._size.steady_s,
             "controller_cores": (after["cpu_s"] - before["cpu_s"]) / self._size.steady_s,
+            "api_server_cores": (after["api_server_cpu_s"] - before["api_server_cpu_s"])
+            / self._size.steady_s,
             "reports_per_object_hour": reports / hours,
             "echoes_per_object_hour": (told_after.get("echoes", 0) - told.get("echoes", 0)) / hours,
             "sidecars_429": sum(v for k, v in told_after.items() if k.endswith("_429")),
@@ -355,6 +389,7 @@ class _Bench:
             text = await answer.text()
         counters = {"writes": 0.0, "reconciles": 0.0, "status_429": 0.0}
         counters["cpu_s"] = self._controller.cpu_s()
+        counters["api_server_cpu_s"] = cpu_s(self._server.control_plane.api_server.pid)
         for line in text.splitlines():
             head, _, value = line.rpartition(" ")
             if head.startswith("hbm_operator_reconcile_total{"):
@@ -372,5 +407,8 @@ def _difference(before: dict[str, float], after: dict[str, float], per: int) -> 
         "writes_each": (after["writes"] - before["writes"]) / per,
         "reconciles_each": (after["reconciles"] - before["reconciles"]) / per,
         "cpu_ms_each": (after["cpu_s"] - before["cpu_s"]) * 1000 / per,
+        "api_server_cpu_ms_each": (after["api_server_cpu_s"] - before["api_server_cpu_s"])
+        * 1000
+        / per,
         "status_429": after["status_429"] - before["status_429"],
     }

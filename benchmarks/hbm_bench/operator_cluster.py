@@ -26,6 +26,14 @@ _CLUSTER_BINDINGS: Final = Resource(
 )
 
 
+def cpu_s(pid: int | None) -> float:
+    """User and system time of a process so far; 0 where there is none."""
+    if pid is None:
+        return 0.0
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 class Child:
     """A child with a log; killed at the end."""
 
@@ -49,8 +57,7 @@ class Child:
 
     def cpu_s(self) -> float:
         """User and system time so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_s(self.process.pid)
 
     def tell(self, text: str) -> None:
         assert self.process.stdin is not None

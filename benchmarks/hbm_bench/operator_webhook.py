@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import ssl
 import subprocess
 import sys
@@ -18,6 +17,8 @@ import aiohttp
 import numpy as np
 from hbm_e2e.waiting import wait_for
 from hbm_operator.certificates import issue
+
+from hbm_bench.operator_cluster import cpu_s
 
 RATE: Final = 200.0
 CONNECTIONS: Final = 16
@@ -49,9 +50,9 @@ def measure(folder: Path, seconds: float) -> dict[str, Any]:
         )
         ports = json.loads(ready.read_text())
         context = ssl.create_default_context(cadata=pair.authority.decode())
-        before = _cpu_s(process.pid)
+        before = cpu_s(process.pid)
         latencies = asyncio.run(_load(ports["port"], context, seconds))
-        cpu_ms = (_cpu_s(process.pid) - before) * 1000 / len(latencies)
+        cpu_ms = (cpu_s(process.pid) - before) * 1000 / len(latencies)
         rss_mb = _rss_mb(process.pid)
     finally:
         process.kill()
@@ -71,11 +72,6 @@ def _rss_mb(pid: int) -> float:
         if line.startswith("VmRSS"):
             return int(line.split()[1]) / 1024
     return 0.0
-
-
-def _cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def _load(port: int, tls: ssl.SSLContext, seconds: float) -> list[float]:
