@@ -60,13 +60,19 @@ class ShieldConfig(MoveConfig):
     """Telemetry older than this: the server is dead, nothing is decided."""
     clock_slack_ms: Annotated[NonNegative, Field(le=_MAX_MS)] = 50.0
     """Telemetry may be this far in the future (it was written while we read). 0: not at all."""
-    min_gain: Share = 0.003
-    """No move starts that is predicted to save less than this share of the cost. 0: any gain."""
+    min_gain: Share = 0.01
+    """No move starts that is predicted to save less than this share of the cost: within 1 % of the
+    best lies the plateau, where the copies of a move cost the tail more than it brings. 0: any
+    gain."""
     min_gain_ms: NonNegative = 0.0
     """As `min_gain`, in ms per request; both must be exceeded. 0: only the share counts."""
     dwell_accesses_per_slot: NonNegative = 0.8
-    """EMB accesses per EMB slot between the end of a move and the next: oscillation costs more
-    than either split. 0: no dwell."""
+    """EMB accesses per EMB slot between the end of a move and the next, after which rows have
+    settled: oscillation costs more than either split. 0: no dwell."""
+    dwell_requests: NonNegative = 128.0
+    """Requests between the end of a move and the next, where these are fewer: α̂ rests on new
+    evidence then (a smoothing window), and in a large pool rows take thousands to settle. 0: no
+    dwell."""
     dwell_double_change: Positive = 0.3
     """A move of this |Δα| doubles the dwell that follows it, twice of it triples it."""
     drop_wait_slo: NonNegative = 0.5

@@ -229,6 +229,7 @@ def _adopt(reading: Reading, state: PolicyState) -> Decision:
         goal=reading.alpha_target,
         move_ns=reading.now_ns,
         move_accesses=reading.emb_accesses,
+        move_requests=reading.requests,
         emb_accesses=reading.emb_accesses,
     )
     decision = _hold(reading, fresh, _RESTARTED)
@@ -346,6 +347,7 @@ def _command(
             steered.move_size,
             steered.move_ns,
             steered.move_accesses,
+            steered.move_requests,
             reading.emb_accesses,
             estimate.anchor,
             estimate.curve_alpha,

@@ -188,6 +188,7 @@ class PolicyState(NamedTuple):
     move_size: float = 0.0  # |Δα| of the newest move
     move_ns: int = 0  # when the target last changed
     move_accesses: int = 0  # EMB accesses counted at that time
+    move_requests: int = 0  # requests counted at that time
     emb_accesses: int = 0
     # The anchor.
     anchor: float = math.nan

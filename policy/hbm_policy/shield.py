@@ -68,6 +68,7 @@ class Steered(NamedTuple):
     move_size: float
     move_ns: int
     move_accesses: int
+    move_requests: int
     reasons: int
 
 
@@ -195,7 +196,16 @@ class Shield:
         ahead = goal - target
         if -_EPSILON <= ahead <= _EPSILON:
             return _new(
-                Steered, (target, target, size, state.move_ns, state.move_accesses, reasons)
+                Steered,
+                (
+                    target,
+                    target,
+                    size,
+                    state.move_ns,
+                    state.move_accesses,
+                    state.move_requests,
+                    reasons,
+                ),
             )
         elapsed_s = (reading.now_ns - state.now_ns) / 1e9
         if not 0.0 <= elapsed_s <= _MAX_STEP_S:
@@ -215,7 +225,18 @@ class Shield:
         # From outside the bounds the ramp does not count: whatever is commanded is allowed.
         if not low <= target <= high:
             target = low if target < low else high
-        return _new(Steered, (target, goal, size, reading.now_ns, reading.emb_accesses, reasons))
+        return _new(
+            Steered,
+            (
+                target,
+                goal,
+                size,
+                reading.now_ns,
+                reading.emb_accesses,
+                reading.requests,
+                reasons,
+            ),
+        )
 
     def _may_start(self, reading: Reading, state: PolicyState, wish: Wish, wanted: float) -> int:
         config = self.config
@@ -229,11 +250,11 @@ class Shield:
         if (wanted - state.target) * wish.barred > 0.0:
             return _BARRED
         stretch = 1.0 + state.move_size / config.dwell_double_change
-        needed = config.dwell_accesses_per_slot * reading.emb_slots * stretch
+        accesses = reading.emb_accesses - state.move_accesses
+        settled = accesses >= config.dwell_accesses_per_slot * reading.emb_slots * stretch
         if (
-            reading.emb_accesses - state.move_accesses < needed
-            or reading.now_ns - state.move_ns < self._dwell_ns
-        ):
+            not settled and reading.requests - state.move_requests < config.dwell_requests * stretch
+        ) or reading.now_ns - state.move_ns < self._dwell_ns:
             return _DWELL
         return _WAITS if wish.wait else _STARTED
 

@@ -146,7 +146,7 @@ def run_sidecar(
     ] = None,
     min_gain: Annotated[
         float | None,
-        typer.Option(help="Share of the cost that a move must save. [HBM_MIN_GAIN, 0.003]"),
+        typer.Option(help="Share of the cost that a move must save. [HBM_MIN_GAIN, 0.01]"),
     ] = None,
     min_gain_ms: Annotated[
         float | None,
@@ -161,10 +161,20 @@ def run_sidecar(
             help="EMB accesses per slot between moves. [HBM_DWELL_ACCESSES_PER_SLOT, 0.8]"
         ),
     ] = None,
+    dwell_requests: Annotated[
+        float | None,
+        typer.Option(help="Requests between moves, if these are fewer. [HBM_DWELL_REQUESTS, 128]"),
+    ] = None,
     dwell_double_change: Annotated[
         float | None,
         typer.Option(
             help="A move of this |Δα| doubles the next dwell. [HBM_DWELL_DOUBLE_CHANGE, 0.3]"
+        ),
+    ] = None,
+    drop_wait_slo: Annotated[
+        float | None,
+        typer.Option(
+            help="Wait, as a share of the goal, at which EMB drops rows. [HBM_DROP_WAIT_SLO, 0.5]"
         ),
     ] = None,
     refill_link_busy: Annotated[

@@ -159,6 +159,7 @@ def follow() -> Callable[..., tuple[list[Any], PolicyState]]:
         state: PolicyState, ticks: int, best: float, *, start: int = 2, **fields: Any
     ) -> tuple[list[Any], PolicyState]:
         alpha = fields.pop("alpha", 0.5)
+        depth = fields.pop("depth", 8.0)
         generation = 0
         decisions = []
         for tick in range(start, start + ticks):
@@ -167,7 +168,7 @@ def follow() -> Callable[..., tuple[list[Any], PolicyState]]:
                 alpha=alpha,
                 alpha_target=alpha,
                 command_generation=generation,
-                curve=_valley(best, monotonic_ns=tick * TICK_NS, requests=1000 * tick),
+                curve=_valley(best, depth, monotonic_ns=tick * TICK_NS, requests=1000 * tick),
                 **fields,
             )
             decision = decide(seen, state)

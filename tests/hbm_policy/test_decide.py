@@ -32,7 +32,7 @@ def test_the_first_sound_reading_is_taken_over_and_not_acted_on(reading) -> None
 
 
 def test_alpha_follows_the_anchor_and_rests_there(adopted, follow) -> None:
-    decisions, state = follow(adopted, 400, 0.8)
+    decisions, state = follow(adopted, 400, 0.8, depth=80.0)
     assert decisions[-1].anchor == pytest.approx(0.8, abs=1e-6)
     assert abs(decisions[-1].target - 0.8) < ShieldConfig().min_change + 1 / 400
     assert decisions[-1].reasons & Reason.SMALL_CHANGE
@@ -40,7 +40,7 @@ def test_alpha_follows_the_anchor_and_rests_there(adopted, follow) -> None:
     starts = [each for each in decisions if each.reasons & Reason.MOVE_STARTED]
     assert len(starts) >= 2
     assert max(each.target for each in decisions) <= 0.8
-    back, _ = follow(state, 400, 0.3, start=402, alpha=decisions[-1].target)
+    back, _ = follow(state, 400, 0.3, start=402, alpha=decisions[-1].target, depth=80.0)
     assert abs(back[-1].target - 0.3) <= 0.04
     assert back[-1].reasons & (Reason.SMALL_CHANGE | Reason.SMALL_GAIN)
 

@@ -89,7 +89,7 @@ def test_frozen_telemetry_is_stale_in_time_and_thaws(adopted, reading) -> None:
 
 
 def test_counters_that_stand_still_allow_one_move(adopted, follow) -> None:
-    decisions, _ = follow(adopted, 600, 0.9, emb_accesses=5_000 + 8_000)
+    decisions, _ = follow(adopted, 600, 0.9, emb_accesses=5_000 + 8_000, requests=5)
     starts = [each for each in decisions if each.reasons & Reason.MOVE_STARTED]
     assert len(starts) == 1
     assert decisions[-1].reasons & Reason.DWELL

@@ -313,6 +313,7 @@ def test_a_move_goes_part_of_the_way_at_limited_speed(reading) -> None:
             move_size=found.move_size,
             move_ns=found.move_ns,
             move_accesses=found.move_accesses,
+            move_requests=found.move_requests,
             now_ns=quiet.now_ns,
         )
     steps = [right - left for left, right in pairwise(targets)]
@@ -342,13 +343,23 @@ def test_no_move_starts_while_the_pool_moves(reading) -> None:
 
 
 def test_dwell_counts_accesses_per_slot_and_grows_with_the_last_move(reading) -> None:
-    state = RESTED._replace(move_accesses=100_000, move_ns=1)
+    state = RESTED._replace(move_accesses=100_000, move_requests=500, move_ns=1)
     for size, needed in ((0.0, 8_000), (0.3, 16_000), (0.6, 24_000)):
         moved = state._replace(move_size=size)
         early = reading(100, emb_accesses=100_000 + needed - 1)
         assert steer(early, moved, wish(0.7)).reasons == Reason.DWELL
         done = reading(100, emb_accesses=100_000 + needed)
         assert steer(done, moved, wish(0.7)).reasons & Reason.MOVE_STARTED
+
+
+@pytest.mark.parametrize(("size", "needed"), [(0.0, 128), (0.3, 256)])
+def test_in_a_large_pool_dwell_is_over_when_the_evidence_is_new(reading, size, needed) -> None:
+    """60 GB of rows take thousands of requests to be looked at once: longer than a regime."""
+    state = RESTED._replace(move_accesses=100_000, move_requests=500, move_size=size, move_ns=1)
+    for served, over in ((needed - 1, False), (needed, True)):
+        seen = reading(100, emb_slots=50_000_000, emb_accesses=200_000, requests=500 + served)
+        found = steer(seen, state, wish(0.7))
+        assert found.reasons & Reason.MOVE_STARTED if over else found.reasons == Reason.DWELL
 
 
 def test_dwell_lasts_a_least_time_whatever_the_traffic(reading) -> None:
