@@ -52,6 +52,7 @@ def evaluate(
         bool,
         typer.Option("--development", help="Run changed scenarios too, and say they are no test."),
     ] = False,
+    note: Annotated[str, typer.Option(help="A sentence for the head of the document.")] = "",
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit 1 when a cell is missing or an arm left out.")
     ] = False,
@@ -89,6 +90,7 @@ def evaluate(
             cache,
             backend,
             test,
+            note,
         )
     except (SuiteError, ArmError, WorkloadError, NotFrozen, OSError, ImportError) as error:
         _refuse(str(error))
@@ -107,6 +109,7 @@ def _run(
     cache: Path | None,
     backend: str,
     test: bool,
+    note: str,
 ) -> bool:
     """-> every cell of the suite is finished."""
     from rich.console import Console
@@ -162,6 +165,7 @@ def _run(
         missing=len(missing),
         left_out=plan.left_out,
         test=test,
+        note=note,
     )
     minutes = sum(cell["seconds"] for cell in cells) / 60.0
     typer.echo(

@@ -50,11 +50,12 @@ def write_document(
     missing: int,
     left_out: dict[str, str],
     test: bool,
+    note: str = "",
 ) -> None:
     """Writes the Markdown file and its figures; links are relative to the file. `cache`: that of
     the run, for what streams are like."""
     parts = [
-        _head(suite, description, seeds, missing, left_out, test),
+        _head(suite, description, _finished_seeds(results) or seeds, missing, left_out, test, note),
         _goals(results),
         _traffic(results, figures, cache, path),
         _comparisons(results),
@@ -76,13 +77,14 @@ def _head(
     missing: int,
     left_out: dict[str, str],
     test: bool,
+    note: str,
 ) -> str:
     said = [
         "# Results of the policy",
         "",
         f"Written by `hbm eval --suite {suite}` ({description}) on "
         f"{datetime.now(UTC):%Y-%m-%d} at commit {_commit()}, Python {platform.python_version()}, "
-        f"{os.cpu_count()} cores of {platform.machine()}; seeds {seeds[0]} to {seeds[-1]}. How it "
+        f"{os.cpu_count()} cores of {platform.machine()}; {_seeds(seeds)}. How it "
         "is run and what each arm is: [evaluation.md](evaluation.md). Simulated nodes with the "
         "costs of the standard node, no GPU.",
         "",
@@ -96,9 +98,21 @@ def _head(
         said += ["", f"Left out: `{arm}`: {reason}."]
     if missing:
         said += ["", f"**{missing} cells are missing**: the time was over before they were run."]
+    if note:
+        said += ["", note]
     if not test:
         said += ["", "**Not the frozen test set**: these numbers are no evidence."]
     return "\n".join(said)
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
+
+
+def _finished_seeds(results: Results) -> list[int]:
+    """Seeds with any finished cell: a run that was stopped has fewer than its suite."""
+    arms = ((scene, arm) for scene in results.scenes for arm in results.arms(scene))
+    return sorted({seed for scene, arm in arms for seed in results.cells(scene, arm)})
 
 
 def _goals(results: Results) -> str:

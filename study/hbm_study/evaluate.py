@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from hbm_sim.loop import run_node
 
-from hbm_study.arms import ArmConfig, held_alpha, load_arm, make_arm
+from hbm_study.arms import ArmConfig, held_alpha, load_arm, make_arm, model_file
 from hbm_study.arms.config import OracleArm, StaticArm
 from hbm_study.cells import Cell, Scene, Store, cell_key
 from hbm_study.fleet_cells import SPLIT, evaluate_fleet, fleet_arm
@@ -55,7 +56,13 @@ class Done:
 
 def key_of(cell: Cell, workload_digest: str) -> str:
     """Under which a cell is kept. Raises `ArmError`."""
-    return cell_key(cell, workload_digest, config_of(cell.arm).model_dump(mode="json"))
+    config = config_of(cell.arm)
+    parameters = config.model_dump(mode="json")
+    model = model_file(config)
+    if model is not None:
+        # Trained anew under the same name it is another arm.
+        parameters["model_bytes"] = hashlib.sha256(model.read_bytes()).hexdigest()
+    return cell_key(cell, workload_digest, parameters)
 
 
 def config_of(name: str) -> ArmConfig:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hbm_study.arms import ArmError, check_models
+from hbm_study.arms import ArmError, model_file
 from hbm_study.backends import Backend
 from hbm_study.cells import Cell, Scene, Store
 from hbm_study.evaluate import Done, Job, config_of, key_of, run_job
@@ -34,7 +34,7 @@ class Plan:
         for arm in dict.fromkeys(cell.arm for cell in wanted):
             config = config_of(arm)
             try:
-                check_models(config)
+                model_file(config)
             except ArmError as error:
                 left_out[arm] = str(error)
         for cell in wanted:

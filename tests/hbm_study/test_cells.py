@@ -13,7 +13,7 @@ import pytest
 from hbm_study.arms import ArmError, load_arm
 from hbm_study.backends import JoblibBackend, RayBackend
 from hbm_study.cells import Cell, Scene, Store, cell_key
-from hbm_study.evaluate import Done, config_of, evaluate
+from hbm_study.evaluate import Done, config_of, evaluate, key_of
 from hbm_study.fleet_cells import ROUTINGS
 from hbm_study.results import BEST_STATIC, Results
 from hbm_study.run import Plan, run_suite
@@ -131,6 +131,18 @@ def test_a_key_changes_with_all_that_a_result_depends_on() -> None:
         cell_key(cell._replace(arm="twin"), "w", {"p": 1}),
     }
     assert len(keys) == 5
+
+
+def test_a_model_that_was_trained_anew_is_another_arm(tmp_path: Path) -> None:
+    model, arm = tmp_path / "m.json", tmp_path / "mine.yaml"
+    arm.write_text(f"kind: xgboost\ndescription: mine\nmodel: {model}\n")
+    cell = Cell(Scene("a", "1.0", "serial", 1), str(arm))
+    keys = []
+    for content in (b"one", b"two", b"one"):
+        model.write_bytes(content)
+        keys.append(key_of(cell, "w"))
+    assert keys[0] != keys[1]
+    assert keys[0] == keys[2]
 
 
 def test_a_cell_comes_back_as_it_was_saved(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from hbm_sim.curve_track import CurveTrack
 from hbm_sim.loop import Arm
@@ -26,23 +27,25 @@ __all__ = [
     "ArmConfig",
     "ArmError",
     "Known",
-    "check_models",
     "held_alpha",
     "load_arm",
     "make_arm",
+    "model_file",
 ]
 
 
-def check_models(config: ArmConfig) -> None:
-    """Raises `ArmError` for an arm whose model or residual is not there."""
+def model_file(config: ArmConfig) -> Path | None:
+    """The model or residual that an arm runs; None: it has none. Raises `ArmError` for one that is
+    not there."""
     if isinstance(config, LearnedArm | PaperArm):
         from hbm_study.arms.networks import model_path
 
-        model_path(config.model)
-    elif isinstance(config, PolicyArm) and config.residual is not None:
+        return model_path(config.model)
+    if isinstance(config, PolicyArm) and config.residual is not None:
         from hbm_study.arms.residual_file import residual_path
 
-        residual_path(config.residual_file)
+        return residual_path(config.residual_file)
+    return None
 
 
 def make_arm(
