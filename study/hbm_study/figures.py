@@ -138,13 +138,14 @@ def _static_curve(axes: Axes, results: Results, scene: Scene) -> None:
     for arm in arms:
         seen = results.mean(scene, arm, p99).mean
         axes.axhline(seen, color=COLOURS[arm], lw=1.2, label=f"{arm} ({seen:.0f} ms)")
-    most = max([low, *(results.mean(scene, arm, p99).mean for arm in arms)])
+    shown = [low, *(results.mean(scene, arm, p99).mean for arm in arms)]
+    low, most = min(shown), max(shown)
     axes.set(title="P99 over α, ms", xlabel="α", yscale="log")
     axes.set_ylim(0.8 * low, max(4.0 * low, 1.3 * most))
     axes.yaxis.set_major_formatter(_plain_number())
     axes.yaxis.set_minor_formatter(_plain_number())
     axes.tick_params(axis="y", which="both", labelsize=7)
-    axes.legend(fontsize=7)
+    _legend(axes)
 
 
 def _alpha_over_time(axes: Axes, results: Results, scene: Scene) -> None:
@@ -156,7 +157,7 @@ def _alpha_over_time(axes: Axes, results: Results, scene: Scene) -> None:
     if star is not None:
         axes.plot(np.linspace(0, 1, len(star)), star, "k--", lw=1, label="α* (mean service)")
     axes.set(title="applied α over time", xlabel="share of the stream", ylim=(0, 1))
-    axes.legend(fontsize=7)
+    _legend(axes)
 
 
 def _error_over_time(axes: Axes, results: Results, scene: Scene) -> None:
@@ -171,7 +172,7 @@ def _error_over_time(axes: Axes, results: Results, scene: Scene) -> None:
                 axes.plot(places, values, line, color=COLOURS[arm], lw=1.4, label=f"{arm}, {said}")
     axes.set(title="distance to α* over time", xlabel="share of the stream")
     axes.set_ylim(bottom=0.0)
-    axes.legend(fontsize=7)
+    _legend(axes)
 
 
 def _tails(axes: Axes, results: Results, scene: Scene) -> None:
@@ -186,7 +187,7 @@ def _tails(axes: Axes, results: Results, scene: Scene) -> None:
     axes.axhline(0.01, color="black", lw=0.6, ls=":")
     axes.set(title="share of requests that is slower", xlabel="latency, ms", xscale="log")
     axes.set(yscale="log", xlim=(5, None), ylim=(1e-4, 1))
-    axes.legend(fontsize=7)
+    _legend(axes)
 
 
 def _steps(axes: Axes, results: Results, scene: Scene) -> None:
@@ -210,7 +211,7 @@ def _steps(axes: Axes, results: Results, scene: Scene) -> None:
         )
     axes.set_yticks(range(len(shown)), [names[index] for index in shown], fontsize=7)
     axes.set(title="Δα per decision, % of decisions")
-    axes.legend(fontsize=7)
+    _legend(axes)
 
 
 def _service_curves(axes: Axes, results: Results, scene: Scene) -> None:
@@ -227,7 +228,13 @@ def _service_curves(axes: Axes, results: Results, scene: Scene) -> None:
     axes.axhline(1.0, color="black", lw=0.6, ls=":")
     axes.set(xlabel="α", ylim=(0, 12))
     axes.set_title(f"{scene.workload}: service over the best, %", fontsize=8)
-    axes.legend(fontsize=6)
+    _legend(axes, 6)
+
+
+def _legend(axes: Axes, size: int = 7) -> None:
+    """Where nothing of what is shown has run, none."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=size)
 
 
 def _plain_number() -> Any:

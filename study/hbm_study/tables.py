@@ -405,4 +405,5 @@ def residual_sentence(results: Results) -> str:
         return "No learned residual has been evaluated."
     said = f"P99 of the full stack against the stack without residual: {percent(seen, 2)}"
     end = "the interval lies below 0: it may ship" if ships else "its gain ships as 0"
-    return f"{said}, {seen.seeds} seeds, all scenes without faults; {end}."
+    count = f"{seen.seeds} seed{'s' if seen.seeds > 1 else ''}"
+    return f"{said}, {count}, all scenes without faults; {end}."
