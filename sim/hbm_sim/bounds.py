@@ -137,11 +137,13 @@ def bounds(
     load: float = 1.0,
     rate: float | None = None,
     spec: NodeSpec | None = None,
+    refill_bytes_per_s: float = 0.0,
     fine: bool = False,
     jobs: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> Bounds:
-    """Both oracles on one workload. "Load" is by capacities under the same rule of rows."""
+    """Both oracles on one workload. "Load" is by capacities under the same rule of rows.
+    `refill_bytes_per_s`: what may be copied into extents that the paying oracle has won."""
     spec = spec or workload.node_spec()
     if rows == "lru":
         spec = unpriced(spec)
@@ -149,7 +151,7 @@ def bounds(
     for seed in seeds:
         stream = stream_at(workload, seed, rows, load, rate)
         optimum = static_optimum(stream, spec, rows=rows, fine=fine, jobs=jobs)
-        found.append(_of_seed(workload, stream, spec, rows, optimum, seed))
+        found.append(_of_seed(workload, stream, spec, rows, optimum, seed, refill_bytes_per_s))
         if progress is not None:
             last = found[-1]
             best = min(last.paying_ms, key=lambda price: last.paying_ms[price])
@@ -186,6 +188,7 @@ def _of_seed(
     rows: RowRule,
     optimum: StaticOptimum,
     seed: int,
+    refill_bytes_per_s: float,
 ) -> SeedBounds:
     counted = stream.counted
     alpha = {each.regime: each.by_service.alpha for each in optimum.regimes}
@@ -199,7 +202,9 @@ def _of_seed(
     # It may also leave α alone.
     paying[Price(0.0, 0.0)], moved[Price(0.0, 0.0)] = static.value_ms, 0
     for price in prices(rows):
-        paying[price], moved[price] = _paying(stream, spec, rows, alpha, static.alpha, price)
+        paying[price], moved[price] = _paying(
+            stream, spec, rows, alpha, static.alpha, price, refill_bytes_per_s
+        )
     return SeedBounds(
         seed=seed,
         alpha=alpha,
@@ -255,6 +260,7 @@ def _paying(
     alpha: dict[str, float],
     static_alpha: float,
     price: Price,
+    refill_bytes_per_s: float,
 ) -> tuple[float, int]:
     """A node told where to go, at each step from the arrivals of that moment. -> P99, bytes."""
     goals = np.array(
@@ -271,9 +277,12 @@ def _paying(
     reach = price.slew_per_s * STEP_S
     for until_s, goal in zip(times.tolist(), goals[stream.regime[newest]].tolist(), strict=True):
         node.advance(stream, until_s)
-        if target != goal:
-            target = min(max(goal, target - reach), target + reach)
-            node.command(target, drop_only=price.drop_only)
+        if target == goal and refill_bytes_per_s == 0.0:
+            continue
+        target = min(max(goal, target - reach), target + reach)
+        # What is copied while EMB gives extents up would be dropped.
+        refill = refill_bytes_per_s if target >= node.alpha else 0.0
+        node.command(target, refill, price.drop_only)
     node.serve(stream, node.position, len(stream))
     assert node.outcome is not None
     return p99(node.outcome.latency_ms[stream.counted]), node.moved_bytes
@@ -291,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--load", type=float, default=1.0)
     parser.add_argument("--rate", type=float, help="share of rows followed (the workload's)")
     parser.add_argument("--gather", choices=("serial", "overlap"), default="serial")
+    parser.add_argument("--refill", type=float, default=0.0, help="bytes/s of the paying oracle")
     parser.add_argument("--fine", action="store_true", help="grid of 0.0125 around each optimum")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--json", action="store_true", dest="as_json")
@@ -304,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 range(1, chosen.seeds + 1),
                 load=chosen.load,
                 rate=chosen.rate,
+                refill_bytes_per_s=chosen.refill,
                 fine=chosen.fine,
                 jobs=chosen.jobs,
                 progress=lambda said: print(said, file=sys.stderr, flush=True),
