@@ -108,6 +108,30 @@ async def test_a_resync_finds_what_silent_watches_kept_back(
     await whole_story(tenant)
 
 
+async def test_a_watch_that_lags_behind_is_not_taken_for_silent_sidecars(
+    tenant: Tenant, controller: Start, proxy: FaultProxy
+) -> None:
+    """Its sidecar reports all the time; the controller hears nothing of it, and looks."""
+    flags = ("--stale-s", "2", "--sweep-s", "0.2", "--resync-s", "3600", "--stall-s", "3600")
+    process = controller(*flags, through=proxy)
+    await tenant.policy()
+    await tenant.pod("ranker-0")
+    await tenant.until("ranker-0", lambda p: p["spec"].get("policyRef"), "a governed partition")
+    await tenant.acknowledge("ranker-0")
+    await tenant.until("ranker-0", lambda p: current(p, "Ready")[0] == "True", "ready")
+    proxy.silence()
+
+    async def looked_again() -> bool:
+        await tenant.acknowledge("ranker-0")
+        found = await tenant.partition("ranker-0")
+        assert found is not None
+        assert condition(found, "Degraded") == ("False", "AsExpected")
+        return proxy.count("GET", "/hbmpartitions/ranker-0") >= 2
+
+    await eventually(looked_again, "the controller to look at the object itself")
+    assert process.metric("hbm_operator_partitions_degraded", reason="SidecarSilent") == 0
+
+
 async def test_probes_fail_while_watches_are_silent_and_the_server_answers(
     tenant: Tenant, controller: Start, proxy: FaultProxy
 ) -> None:
