@@ -254,6 +254,8 @@ class _Bench:
                 *(sys.executable, "-m", "hbm_cli.main", "operator", "controller"),
                 *("--kubeconfig", str(kubeconfig), "--ready-file", str(ready)),
                 *("--host", "127.0.0.1", "--admin-port", "0", "--log-level", "warning"),
+                # As in the chart: three reports may be missed.
+                *("--stale-s", str(max(90.0, 3 * self._pace.report_s))),
             ],
             self._folder / "controller.log",
         )
