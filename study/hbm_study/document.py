@@ -200,7 +200,9 @@ def _comparisons(results: Results) -> str:
         ("Systems, and what shield, refill and throttle are worth", _SYSTEM),
         ("Other ways of choosing α", _OTHERS),
     ):
-        text = tables.comparison_table(results, scenes, arms)
+        # The last column is for comparison: alone it is a row of another table.
+        told = [s for s in scenes if any(results.cells(s, arm) for arm in arms[:-1])]
+        text = tables.comparison_table(results, told, arms)
         if text:
             parts += ["", f"### {title}", "", text]
     return "\n".join(parts) if len(parts) > 3 else ""
