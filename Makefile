@@ -9,7 +9,7 @@ KERNELS := $(shell cat pool/hbm_pool/host/*.py policy/hbm_policy/*.py sim/hbm_si
 export NUMBA_CACHE_DIR ?= $(HOME)/.cache/hbm-partition/numba/$(KERNELS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types imports unit e2e e2e-full bench clean
+.PHONY: help install demo test lint types imports unit study e2e e2e-full bench clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ imports: install
 
 unit: install
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+study: install ## every arm of the study once on short streams, in a few minutes
+	$(BIN)/hbm eval --suite smoke --strict --budget 15 --out out/study $(ARGS)
 
 # Root, Go and Debian packages are needed, or a cluster of yours: docs/development.md, "End to end".
 e2e: install ## the system on a real three-node Kubernetes on this machine
