@@ -37,7 +37,7 @@ imports: install
 	$(BIN)/lint-imports
 
 unit: install
-	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --durations 20 $(ARGS)
 
 study: install ## every arm of the study once on short streams, in a few minutes
 	$(BIN)/hbm eval --suite smoke --strict --budget 15 --out out/study $(ARGS)
