@@ -13,7 +13,7 @@ from hbm_pool.contracts.records import MAX_CLASSES, TELEMETRY, CostModel
 from hbm_pool.host import recent_counts, replacement
 
 from hbm_sim import engine_moves as at
-from hbm_sim.engine_kernel import Outcome, Requests, serve
+from hbm_sim.engine_kernel import Outcome, Requests, empty_outcome, serve
 from hbm_sim.engine_moves import NodeArrays
 from hbm_sim.lru_kernel import allocate_lru
 from hbm_sim.node_spec import NodeSpec, RowRule
@@ -479,21 +479,6 @@ class EngineNode:
             self._known_percentiles = p50, p99, n
         self._percentiles_at = self._position
         return self._known_percentiles
-
-
-def empty_outcome(n: int) -> Outcome:
-    """Columns for `n` requests, none of them served."""
-    return Outcome(
-        latency_ms=np.zeros(n),
-        service_ms=np.zeros(n),
-        gather_ms=np.zeros(n),
-        compute_ms=np.zeros(n),
-        start_ms=np.zeros(n),
-        cached_tokens=np.zeros(n, np.int32),
-        missed_rows=np.zeros(n),
-        looked_up_rows=np.zeros(n),
-        dropped=np.zeros(n, np.bool_),
-    )
 
 
 def _first(value: float) -> tuple[float, ...]:

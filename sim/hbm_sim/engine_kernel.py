@@ -114,6 +114,21 @@ class Outcome(NamedTuple):
     dropped: npt.NDArray[np.bool_]  # refused: too many waited
 
 
+def empty_outcome(n: int) -> Outcome:
+    """Columns for `n` requests, none of them served."""
+    return Outcome(
+        latency_ms=np.zeros(n),
+        service_ms=np.zeros(n),
+        gather_ms=np.zeros(n),
+        compute_ms=np.zeros(n),
+        start_ms=np.zeros(n),
+        cached_tokens=np.zeros(n, np.int32),
+        missed_rows=np.zeros(n),
+        looked_up_rows=np.zeros(n),
+        dropped=np.zeros(n, np.bool_),
+    )
+
+
 @kernel
 def _prints(node: NodeArrays, user: int, dropped: int, pages: int) -> None:
     """Fingerprints of a history: equal prefixes agree, and a cut start changes all of them."""

@@ -33,7 +33,8 @@ from hbm_router.snapshot import NodeView, Residency, Snapshot
 
 from hbm_sim import engine_moves as moves
 from hbm_sim.curve_track import TwinSamples, tick_count, tick_ns
-from hbm_sim.engine import EngineNode, empty_outcome
+from hbm_sim.engine import EngineNode
+from hbm_sim.engine_kernel import empty_outcome
 from hbm_sim.loop import Arm, Observer
 from hbm_sim.node_spec import NodeSpec
 from hbm_sim.stream import Stream
